@@ -1,0 +1,45 @@
+"""The package's own exceptions: what a caller can cause and may want to catch.
+
+Every message names the thing, its value and the remedy, so that the commands
+can print it as their one line. An exception that is not an `ActionClipError`
+is a bug of ours.
+"""
+
+
+class ActionClipError(Exception):
+    """Base of every error that the package raises on purpose."""
+
+
+class InputError(ActionClipError, ValueError):
+    """An argument, a label list, a template or an option is wrong."""
+
+
+class VideoError(ActionClipError, ValueError):
+    """A video cannot be used.
+
+    Attributes:
+        path: the video as the caller named it.
+        reason: one short word for programs, such as `missing` or `no-video-stream`.
+        message: one sentence for people, without the path.
+    """
+
+    def __init__(self, path: str, reason: str, message: str) -> None:
+        super().__init__(path, reason, message)
+        self.path = path
+        self.reason = reason
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}: {self.message}"
+
+
+class WeightsError(ActionClipError, RuntimeError):
+    """A weight file is damaged, unsafe, of an unknown format or not for this model."""
+
+
+class DownloadError(WeightsError):
+    """A published weight file could not be fetched or did not match its checksum."""
+
+
+class MissingExtraError(ActionClipError, ImportError):
+    """An optional dependency is needed; the message names the extra that brings it."""

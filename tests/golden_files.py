@@ -1,0 +1,44 @@
+"""Read the reference outputs in `tests/golden`."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from actionclip.models.clip import CLIPConfig
+
+FOLDER = Path(__file__).parent / "golden"
+
+
+def load_golden(name: str) -> Any:
+    """Return an .npz file (entries by name) or a parsed .json file."""
+    path = FOLDER / name
+    return json.loads(path.read_text()) if path.suffix == ".json" else np.load(path)
+
+
+@cache
+def clip_config(name: str) -> CLIPConfig:
+    """Build the configuration that a golden file was made with."""
+    stored = json.loads(str(load_golden(f"clip_{name.replace('/', '-')}.npz")["config"]))
+    layers, width = stored["vision_layers"], stored["vision_width"]
+    is_resnet = isinstance(layers, list)
+    return CLIPConfig(
+        embed_dim=stored["embed_dim"],
+        image_resolution=stored["image_resolution"],
+        vision_layers=tuple(layers) if is_resnet else layers,
+        vision_width=width,
+        vision_patch_size=stored["vision_patch_size"],
+        vision_heads=(32 * width if is_resnet else width) // 64,
+        context_length=stored["context_length"],
+        vocab_size=stored["vocab_size"],
+        text_width=stored["transformer_width"],
+        text_heads=stored["transformer_heads"],
+        text_layers=stored["transformer_layers"],
+    )
+
+
+def state_shapes(kind: str, name: str) -> dict[str, list[int]]:
+    """Return key -> shape of a published state dict; `kind` is "clip" or "heads"."""
+    return load_golden("state_keys.json")[kind][name]
