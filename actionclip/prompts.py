@@ -1,0 +1,101 @@
+"""Fill class names into prompt templates: class names x templates -> sentences.
+
+The start of the text side; `tokenizer` takes the sentences. Pure text: no
+files, no tokens, no model.
+"""
+
+from collections.abc import Sequence
+
+import regex
+
+from actionclip.errors import InputError
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    # The 16 templates of ActionCLIP's code, in its order. The paper says 18; two are not public.
+    "actionclip": (
+        "a photo of action {}",
+        "a picture of action {}",
+        "Human action of {}",
+        "{}, an action",
+        "{} this is an action",
+        "{}, a video of action",
+        "Playing action of {}",
+        "{}",
+        "Playing a kind of action, {}",
+        "Doing a kind of action, {}",
+        "Look, the human is {}",
+        "Can you recognize the action of {}?",
+        "Video classification of {}",
+        "A video of {}",
+        "The man is {}",
+        "The woman is {}",
+    ),
+    # "Only label" in Table 3 of the paper.
+    "none": ("{}",),
+}
+
+# Between a small and a capital letter, and before the last capital of a run: "TV|Show".
+_CAMEL_CASE_BORDER = regex.compile(r"(?<=\p{Ll})(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})")
+
+
+def fill_templates(templates: Sequence[str], class_names: Sequence[str]) -> list[str]:
+    """Fill every class name into every template.
+
+    Args:
+        templates: P templates, each with exactly one `{}`.
+        class_names: K class names.
+
+    Returns:
+        P * K prompts, template-major: the prompt of template p and class k is at p * K + k.
+
+    Raises:
+        InputError: if there is no template, or one has no `{}` or several.
+    """
+    if not templates:
+        raise InputError("no prompt template given; use at least one, such as '{}'")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise InputError(
+                f"template {template!r} has {template.count('{}')} places for the class name; "
+                "write {} exactly once"
+            )
+    # Not str.format: other braces, in a template or in a name, are text.
+    return [template.replace("{}", name) for template in templates for name in class_names]
+
+
+def readable(name: str) -> str:
+    """Return a class name as a sentence would say it.
+
+    Splits names written as one word, "ApplyEyeMakeup" and "brush_hair", which the text encoder
+    would read as fragments. A name with spaces is returned as it is.
+    """
+    if any(character.isspace() for character in name):
+        return name
+    words = _CAMEL_CASE_BORDER.sub(" ", name.replace("_", " ")).split()
+    return " ".join(words) or name
+
+
+def check_class_names(names: Sequence[str]) -> list[str]:
+    """Return the class names as a list, unchanged, after checking them.
+
+    Raises:
+        InputError: if there are none, if one is blank, or if two read the same apart from case,
+            underscores and spacing.
+    """
+    if isinstance(names, str):
+        raise InputError(f"class names {names!r} are one string; pass a list of strings")
+    if not names:
+        raise InputError("no class names given; name at least one action")
+    seen: dict[str, str] = {}
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise InputError(f"class name {i} is of type {type(name).__name__}; pass strings only")
+        if not name.strip():
+            raise InputError(f"class name {i} is blank ({name!r}); remove it or write a name")
+        key = " ".join(readable(name).casefold().split())
+        if key in seen:
+            raise InputError(
+                f"class names {seen[key]!r} and {name!r} read the same; keep one of them"
+            )
+        seen[key] = name
+    return list(names)
