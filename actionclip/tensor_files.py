@@ -1,0 +1,415 @@
+"""Read any weight file, or a folder of them, into plain tensors; write safetensors.
+
+Formats are told by content, never by extension: TorchScript archives, pickles of
+`torch.save` and safetensors. None of them can run code here: archives are read by
+`torchscript`, pickles by `torch.load(weights_only=True)` with no way around it, and
+safetensors by the small reader below, which trusts no number in the file.
+What the tensors mean, and for which model, is decided in `weights`.
+"""
+
+import collections
+import contextlib
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from io import BufferedReader
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from actionclip.errors import WeightsError
+from actionclip.torchscript import read_archive
+
+# Far above any published model: 2,000 tensors make a header of about 200 kB.
+_MAX_HEADER_BYTES = 10_000_000
+_MAX_TENSORS = 20_000
+_MAX_JSON_BYTES = 10_000_000
+_MAX_SHARDS = 1_000
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# What a folder may hold, in order of preference. An `.index.json` names the shards
+# of a model that was cut into several files.
+_FOLDER_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The content of a weight file.
+
+    Attributes:
+        path: the file or folder as the caller named it.
+        kind: the format it turned out to have.
+        content: names to CPU tensors; for pickles whatever nested dictionary was saved.
+        metadata: the `__metadata__` of safetensors, else empty.
+        config: the settings found in a JSON file beside the weights, if any.
+    """
+
+    path: str
+    kind: Literal["torchscript", "pickle", "safetensors"]
+    content: dict[str, Any]
+    metadata: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+
+
+def read_file(path: str | os.PathLike[str]) -> WeightFile:
+    """Read a weight file of any known format, or a folder of Hugging Face or open_clip.
+
+    For folders and for `.safetensors` and `.bin` files, `config` is the `config.json`
+    (or, for an `open_clip_*` file, the `open_clip_config.json`) of the same folder.
+
+    Raises:
+        WeightsError: if the file is missing, damaged, of an unknown format, or needs
+            more than plain tensors and containers to be read; if the folder holds no
+            weights under a known name.
+    """
+    shown = os.fspath(path)
+    if os.path.isdir(shown):
+        return replace(_read_folder(shown), path=shown)
+    loaded = _read_tensors(shown)
+    if shown.endswith((".safetensors", ".bin")):
+        return replace(loaded, config=_read_settings(shown))
+    return loaded
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors to a safetensors file, by `write_atomically`.
+
+    Args:
+        path: the file; an existing one is replaced in one step.
+        tensors: names to dense tensors on any device. Shared memory is written twice.
+        metadata: free text that `read_file` gives back.
+
+    Raises:
+        WeightsError: if a dtype has no place in the format or the disk refuses.
+
+    Source: the format description of the safetensors library, 0.8.
+    """
+    shown = os.fspath(path)
+    # The widest elements first, so that every tensor starts at a multiple of its width.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPE_NAMES or name == "__metadata__":
+            raise WeightsError(f"{shown}: cannot store {name!r} of type {tensor.dtype}")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    contents = (_bytes_of(tensors[name].detach().cpu().contiguous()) for name in names)
+    write_atomically(shown, itertools.chain([struct.pack("<Q", len(text)), text], contents))
+
+
+def write_atomically(
+    path: str | os.PathLike[str], chunks: Iterable[bytes | bytearray | memoryview]
+) -> None:
+    """Write a file that is complete or not there at all, whatever happens.
+
+    Raises:
+        WeightsError: if the disk refuses; an older file of this name is kept then.
+    """
+    shown = os.fspath(path)
+    # In the same folder, because a file cannot be renamed to another disk. The process
+    # number keeps two writers apart.
+    partial = f"{shown}.{os.getpid()}.part"
+    try:
+        with open(partial, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, shown)
+    except OSError as error:
+        raise WeightsError(f"{shown}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
+
+
+def _read_tensors(path: str) -> WeightFile:
+    """Read a file by what its first bytes say."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(512)
+            if start.startswith(b"PK\x03\x04"):
+                if _is_torchscript(path, file):
+                    return WeightFile(path, "torchscript", dict(read_archive(path)))
+                return WeightFile(path, "pickle", _read_pickle(path, is_zip=True))
+            # Eight bytes of length, then JSON. No pickle has a brace there.
+            if start[8:9] == b"{":
+                tensors, metadata = _read_safetensors(path, file)
+                return WeightFile(path, "safetensors", dict(tensors), metadata)
+            # Pickle's protocol opcode: files of torch before 1.6.
+            if start.startswith(b"\x80"):
+                return WeightFile(path, "pickle", _read_pickle(path, is_zip=False))
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
+    raise WeightsError(f"{path}: {_what_else(start)}")
+
+
+def _what_else(start: bytes) -> str:
+    """Say what a file that holds no weights probably is."""
+    if not start:
+        return "the file is empty; fetch it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "only the Git LFS pointer to the weights; run `git lfs pull` in its folder"
+    if start.lstrip().startswith(b"<"):
+        return "a web page, not weights; fetch the file itself, not the page about it"
+    return "not a TorchScript archive, a torch.save file or a safetensors file"
+
+
+def _is_torchscript(path: str, file: BufferedReader) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        reason = str(error).lower()
+        raise WeightsError(
+            f"{path}: cut short or damaged ({reason}); copy or download it again"
+        ) from error
+
+
+def _read_pickle(path: str, *, is_zip: bool) -> dict[str, Any]:
+    """Read a file of `torch.save` that holds tensors and plain containers only."""
+    # X-CLIP saved its settings, a dictionary class of the yacs package, beside the
+    # weights; reading them as an ordered dictionary needs neither yacs nor its code.
+    stand_ins = [(collections.OrderedDict, "yacs.config.CfgNode")]
+    with torch.serialization.safe_globals(cast(Any, stand_ins)):
+        try:
+            # Mapped, so that an optimiser saved beside the weights is never read. Given
+            # this extension, `torch.load` would hand a path to the safetensors library.
+            mmap = is_zip and not path.endswith(".safetensors")
+            with contextlib.nullcontext(path) if mmap else open(path, "rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+        except pickle.UnpicklingError as error:
+            refused = _refused_names(path, str(error), is_zip=is_zip)
+            raise WeightsError(f"{path}: {refused}") from error
+        # Damaged bytes make the unpickler fail in any way; none of them is our bug.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {_first_line(str(error))}"
+            raise WeightsError(f"{path}: damaged torch.save file ({reason})") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise WeightsError(
+            f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors"
+        )
+    return content
+
+
+def _refused_names(path: str, message: str, *, is_zip: bool) -> str:
+    names = set(re.findall(r"GLOBAL ([\w.]+)", message))
+    if is_zip and names:
+        # The first refusal stopped the reading; this finds the others, if it can.
+        with contextlib.suppress(Exception):
+            names |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if not names:
+        reason = _first_line(message.rpartition("WeightsUnpickler error:")[2])
+        return f"damaged torch.save file ({reason})"
+    return (
+        f"needs {', '.join(sorted(names))}, and building that could run code; where the file "
+        "was made, save the tensors alone: torch.save(model.state_dict(), path)"
+    )
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n", 1)[0][:200]
+
+
+def _read_safetensors(path: str, file: BufferedReader) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file; every number in its header is checked before use."""
+    try:
+        return _read_checked(file, os.fstat(file.fileno()).st_size)
+    except _Malformed as error:
+        raise WeightsError(f"{path}: damaged safetensors file, {error}; fetch it again") from error
+
+
+class _Malformed(Exception):
+    """A safetensors file breaks a rule of its format, or a limit of ours."""
+
+
+def _read_checked(file: BufferedReader, file_size: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+    file.seek(0)
+    (header_size,) = struct.unpack("<Q", file.read(8))
+    if header_size > _MAX_HEADER_BYTES:
+        raise _Malformed(f"its header claims {header_size} bytes, over {_MAX_HEADER_BYTES}")
+    if 8 + header_size > file_size:
+        raise _Malformed(f"its header claims {header_size} bytes, the file has {file_size}")
+    header = _parse_header(file.read(header_size))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _Malformed("its metadata is not text")
+    entries = {name: _parse_entry(name, entry) for name, entry in header.items()}
+    in_order = sorted(entries, key=lambda name: entries[name][2:])
+    position = 0
+    for name in in_order:
+        _, _, start, end = entries[name]
+        if start != position:
+            raise _Malformed(f"{name!r} starts at {start}, its predecessor ends at {position}")
+        position = end
+    if 8 + header_size + position != file_size:
+        raise _Malformed(
+            f"its tensors end at byte {8 + header_size + position}, the file at {file_size}"
+        )
+    # Only now is memory taken: together the tensors are as large as the file.
+    tensors: dict[str, Tensor] = {}
+    for name in in_order:
+        dtype, shape, _, _ = entries[name]
+        tensors[name] = torch.empty(shape, dtype=dtype)
+        memory = _bytes_of(tensors[name])
+        if file.readinto(memory) != len(memory):
+            raise _Malformed(f"{name!r} is cut short")
+    return {name: tensors[name] for name in header}, metadata
+
+
+def _parse_header(text: bytes) -> dict[str, Any]:
+    # Counted before parsing, because parsing a hostile header takes seconds. Braces:
+    # one pair a tensor, one for the header itself and one for its metadata.
+    if text.count(b'"data_offsets"') > _MAX_TENSORS or text.count(b"{") > _MAX_TENSORS + 2:
+        raise _Malformed(f"it has more than {_MAX_TENSORS} tensors")
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
+    except (ValueError, RecursionError) as error:
+        raise _Malformed(f"its header is not JSON ({type(error).__name__})") from error
+    if not isinstance(header, dict):
+        raise _Malformed("its header is not a dictionary")
+    return header
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = collections.Counter(name for name, _ in pairs)
+        raise _Malformed(f"its header names {names.most_common(1)[0][0]!r} twice")
+    return result
+
+
+def _parse_entry(name: str, entry: object) -> tuple[torch.dtype, list[int], int, int]:
+    """Check one header entry on its own: type, shape and length agree."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _Malformed(f"the entry of {name!r} has an unknown form")
+    dtype = _DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise _Malformed(f"{name!r} has the unknown type {str(entry['dtype'])[:40]!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
+        raise _Malformed(f"{name!r} has an impossible shape or place")
+    # Zeros are skipped: (0, 2**62, 2**62) has no elements, yet strides that overflow.
+    if math.prod(length or 1 for length in shape) * dtype.itemsize >= 2**63:
+        raise _Malformed(f"{name!r} has an impossible shape")
+    start, end = offsets
+    if end - start != math.prod(shape) * dtype.itemsize:
+        raise _Malformed(f"{name!r} of shape {shape} does not fill its {end - start} bytes")
+    return dtype, shape, start, end
+
+
+def _are_sizes(numbers: object) -> bool:
+    # `type` and not `isinstance`: true is no size.
+    return isinstance(numbers, list) and all(
+        type(number) is int and 0 <= number < 2**63 for number in numbers
+    )
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _read_folder(folder: str) -> WeightFile:
+    for name in _FOLDER_FILES:
+        file = os.path.join(folder, name)
+        if os.path.isfile(file):
+            loaded = _read_shards(file) if name.endswith(".json") else _read_tensors(file)
+            return replace(loaded, config=_read_settings(file))
+    raise WeightsError(
+        f"{folder}: no weights in this folder; looked for {', '.join(_FOLDER_FILES)}"
+    )
+
+
+def _read_settings(weights: str) -> dict[str, Any] | None:
+    """Read the JSON file that belongs to a weight file, if it is there."""
+    folder, name = os.path.split(weights)
+    settings = "open_clip_config.json" if name.startswith("open_clip_") else "config.json"
+    path = os.path.join(folder, settings)
+    return _read_json(path) if os.path.isfile(path) else None
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+        if len(text) > _MAX_JSON_BYTES:
+            raise WeightsError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
+        content = json.loads(text.decode("utf-8"))
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dictionary")
+    return content
+
+
+def _read_shards(index: str) -> WeightFile:
+    """Read the files that an index names and join their tensors."""
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise WeightsError(f"{index}: has no weight_map that names the shards")
+    for shard in places.values():
+        # A plain name stays inside the folder.
+        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.-]*", shard):
+            raise WeightsError(f"{index}: {str(shard)[:80]!r} is not a plain file name")
+    shards = sorted(set(places.values()))
+    if len(shards) > _MAX_SHARDS:
+        raise WeightsError(f"{index}: names {len(shards)} shards, at most {_MAX_SHARDS}")
+    content: dict[str, Any] = {}
+    for shard in shards:
+        part = _read_tensors(os.path.join(os.path.dirname(index), shard))
+        doubled = sorted(content.keys() & part.content.keys())
+        if doubled:
+            raise WeightsError(f"{part.path}: {doubled[0]!r} is also in another shard")
+        content.update(part.content)
+    missing = sorted(places.keys() - content.keys())
+    if missing:
+        raise WeightsError(f"{index}: its shards lack {', '.join(missing[:10])}")
+    return WeightFile(index, part.kind, content, part.metadata)
