@@ -1,0 +1,398 @@
+"""Published checkpoints in our terms: from any key layout to one.
+
+Takes what `tensor_files` read and tells what it is: CLIP's tensors under OpenAI's
+keys, the temporal head's under the official ActionCLIP keys, and what the file
+says about time and activation. Works on names and shapes alone; reads no files.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from actionclip.errors import WeightsError
+from actionclip.models.actionclip import ActionCLIPConfig
+from actionclip.models.clip import CLIPConfig
+from actionclip.models.layers import Activation
+
+State = dict[str, Tensor]
+
+# Where our own files keep their configuration: safetensors metadata, or a key of the pickle.
+CONFIG_KEY = "actionclip"
+
+# 0-d integers that OpenAI's archives carry beside the weights.
+OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
+
+# Every official head but meanP holds this table, and only Transf uses it.
+POSITIONS = "frame_position_embeddings.weight"
+
+# Spellings of configs, logs and READMEs of the official code -> ours.
+TEMPORAL_ALIASES = {
+    "conv_1d": "conv1d",
+    "seqlstm": "lstm",
+    "seqtransf": "transf",
+    "seqtransf_cls": "transf_cls",
+    "tsm": "shift",
+}
+
+# Attention heads are 64 channels wide, but for the largest open_clip image encoders
+# (ViT-H, ViT-g, ViT-bigG), whose head width is in their configuration and not in any shape.
+OPEN_CLIP_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+
+
+@dataclass
+class Checkpoint:
+    """A weight file in our terms; None where the file does not say.
+
+    Attributes:
+        clip: tensors of both towers, OpenAI's keys.
+        head: tensors of the temporal head, official keys.
+        temporal: the visual prompt; None for a plain CLIP.
+        num_frames: T, where a table of positions or a configuration tells it.
+        activation: of both towers.
+        vision_heads: attention heads of the image encoder.
+        text_heads: attention heads of the text encoder.
+        config: the whole configuration, in our own files.
+        lacks_token_embedding: ViFi-CLIP leaves this frozen table of OpenAI's out.
+    """
+
+    clip: State
+    head: State = field(default_factory=dict)
+    temporal: str | None = None
+    num_frames: int | None = None
+    activation: Activation | None = None
+    vision_heads: int | None = None
+    text_heads: int | None = None
+    config: ActionCLIPConfig | None = None
+    lacks_token_embedding: bool = False
+
+
+def convert(
+    content: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+    file_config: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Tell what a weight file holds and bring its keys into one layout.
+
+    Args:
+        content: what the file holds: tensors by key, or a dict around them.
+        metadata: strings stored beside the tensors of a safetensors file.
+        file_config: `config.json` or `open_clip_config.json` found beside the file.
+
+    Returns:
+        The checkpoint; the tensors are the file's own, not copies.
+
+    Raises:
+        WeightsError: if the layout is none that is known; the message lists keys.
+    """
+    own = (metadata or {}).get(CONFIG_KEY) or content.get(CONFIG_KEY)
+    if own is not None:
+        return _from_own(_tensors(content.get("state_dict", content)), own)
+    if "model_state_dict" in content:
+        return _from_official(
+            _tensors(content["model_state_dict"]), _tensors(content.get("fusion_model_state_dict"))
+        )
+    state = content
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content.get(wrapper), Mapping):
+            state = content[wrapper]
+    tensors = _tensors(state)
+    if any(key.startswith("mit.") for key in tensors):
+        raise WeightsError("this is an X-CLIP checkpoint, which this version does not read yet")
+    if any(key.startswith("clip.visual.") for key in tensors):
+        return _from_mmaction(tensors)
+    if any(key.startswith("vision_model.") for key in tensors):
+        return _from_hugging_face(tensors, file_config or {})
+    if any(key.startswith("image_encoder.") for key in tensors):
+        return _from_vifi(tensors)
+    if any(key.startswith("visual.") for key in tensors):
+        return _from_clip(tensors, file_config or {})
+    raise WeightsError(
+        f"none of the known checkpoint layouts has keys such as {_listing(content)}; expected "
+        "OpenAI CLIP, ActionCLIP, mmaction2 ActionCLIP, ViFi-CLIP, open_clip or Hugging Face CLIP"
+    )
+
+
+def canonical_temporal(name: str) -> str:
+    """Spell a visual prompt our way: `Conv_1D` -> `conv1d`, `seqTransf` -> `transf`."""
+    return TEMPORAL_ALIASES.get(name.lower(), name.lower())
+
+
+def infer_clip_config(checkpoint: Checkpoint, activation: Activation) -> CLIPConfig:
+    """Read the shape of CLIP off its tensors.
+
+    Source: the rules of the OpenAI release, plus the head counts that a
+    configuration beside the file may state.
+
+    Raises:
+        WeightsError: if a tensor that fixes the shape is missing; it lists them.
+    """
+    state = checkpoint.clip
+    is_vit = "visual.proj" in state
+    ranks = {
+        "text_projection": 2,
+        "positional_embedding": 2,
+        "token_embedding.weight": 2,
+        "ln_final.weight": 1,
+    }
+    if is_vit:
+        ranks |= {"visual.conv1.weight": 4, "visual.positional_embedding": 2}
+    else:
+        ranks |= {"visual.layer1.0.conv1.weight": 4, "visual.attnpool.positional_embedding": 2}
+    missing = [key for key in ranks if key not in state]
+    if missing:
+        raise WeightsError(f"not a complete CLIP checkpoint, missing {_listing(missing)}")
+    misshapen = [
+        f"{k} {tuple(state[k].shape)}" for k, rank in ranks.items() if state[k].ndim != rank
+    ]
+    if misshapen:
+        raise WeightsError(f"not the shapes of a CLIP checkpoint: {_listing(misshapen)}")
+    text_width = len(state["ln_final.weight"])
+    vision_layers: int | tuple[int, ...]
+    patch: int | None
+    if is_vit:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        resolution = patch * _grid(state["visual.positional_embedding"])
+        vision_layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
+        heads = _heads("visual.conv1.weight", width)
+    else:
+        width, patch = len(state["visual.layer1.0.conv1.weight"]), None
+        resolution = 32 * _grid(state["visual.attnpool.positional_embedding"])
+        vision_layers = tuple(_count(state, rf"visual\.layer{i}\.(\d+)\.") for i in (1, 2, 3, 4))
+        heads = _heads("visual.attnpool.positional_embedding", width * 32)
+    return CLIPConfig(
+        embed_dim=state["text_projection"].shape[1],
+        image_resolution=resolution,
+        vision_layers=vision_layers,
+        vision_width=width,
+        vision_patch_size=patch,
+        vision_heads=checkpoint.vision_heads or heads,
+        context_length=len(state["positional_embedding"]),
+        vocab_size=len(state["token_embedding.weight"]),
+        text_width=text_width,
+        text_heads=checkpoint.text_heads or _heads("ln_final.weight", text_width),
+        text_layers=_count(state, r"transformer\.resblocks\.(\d+)\."),
+        activation=activation,
+    )
+
+
+def config_to_json(config: ActionCLIPConfig) -> str:
+    """Write a configuration as the JSON that our files carry."""
+    return json.dumps(asdict(config), sort_keys=True)
+
+
+def config_from_json(text: str) -> ActionCLIPConfig:
+    """Read a configuration that `config_to_json` wrote.
+
+    Raises:
+        WeightsError: if it is not one.
+    """
+    try:
+        values = json.loads(text)
+        clip = dict(values.pop("clip"))
+        if isinstance(clip["vision_layers"], list):
+            clip["vision_layers"] = tuple(clip["vision_layers"])
+        for name in ("pixel_mean", "pixel_std"):
+            values[name] = tuple(values[name])
+        return ActionCLIPConfig(clip=CLIPConfig(**clip), **values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise WeightsError(f"the configuration stored in the file is not ours: {error}") from error
+
+
+def _from_own(state: State, config: Any) -> Checkpoint:
+    if not isinstance(config, str):
+        raise WeightsError(f"the configuration in the file is a {type(config).__name__}, not JSON")
+    parsed = config_from_json(config)
+    return Checkpoint(
+        clip=_below(state, "clip."),
+        head=_below(state, "temporal."),
+        temporal=parsed.temporal,
+        num_frames=parsed.num_frames,
+        activation=parsed.clip.activation,
+        config=parsed,
+    )
+
+
+def _from_official(clip: State, head: State) -> Checkpoint:
+    temporal = "meanp"
+    if any(".net." in key for key in clip):
+        clip = {key.replace(".net.", ".", 1): value for key, value in clip.items()}
+        temporal = "shift"
+    if "visual.time_embedding" in clip:
+        return Checkpoint(
+            clip, {}, "joint", len(clip["visual.time_embedding"]), activation="quick_gelu"
+        )
+    num_frames = None
+    if head:
+        temporal = _head_name(head)
+        if temporal != "transf":
+            head.pop(POSITIONS, None)
+        if temporal == "transf_cls":
+            num_frames = head["transformer.pos_embed"].shape[1] - 1
+    return Checkpoint(clip, head, temporal, num_frames, activation="quick_gelu")
+
+
+def _head_name(head: Mapping[str, Tensor]) -> str:
+    marks = {
+        "shift.weight": "conv1d",
+        "lstm_visual.weight_ih_l0": "lstm",
+        "transformer.pos_embed": "transf_cls",
+        "transformer.resblocks.0.attn.in_proj_weight": "transf",
+    }
+    for key, name in marks.items():
+        if key in head:
+            return name
+    raise WeightsError(f"fusion_model_state_dict is no known temporal head: {_listing(head)}")
+
+
+def _from_mmaction(state: State) -> Checkpoint:
+    """Read the mmaction2 port: `clip.` + OpenAI keys, `adapter.` = Transf with T positions."""
+    head = _below(state, "adapter.")
+    if not head:
+        return Checkpoint(_below(state, "clip."), {}, "meanp", activation="quick_gelu")
+    num_frames = len(head[POSITIONS]) if POSITIONS in head else None
+    return Checkpoint(_below(state, "clip."), head, "transf", num_frames, activation="quick_gelu")
+
+
+def _from_vifi(state: State) -> Checkpoint:
+    """Read ViFi-CLIP: CLIP's towers under other names, without the token embedding.
+
+    Its prompt learner holds embedded class names of the training set, which are
+    not weights. Learned prompts inside the towers have no place in a plain CLIP.
+    """
+    learned = [key for key in state if "VPT" in key or key == "prompt_learner.ctx"]
+    if learned:
+        raise WeightsError(
+            f"ViFi-CLIP with learned prompts is not supported, found {_listing(learned)}"
+        )
+    clip = {f"visual.{key}": value for key, value in _below(state, "image_encoder.").items()}
+    clip.update(_below(state, "text_encoder."))
+    if "logit_scale" in state:
+        clip["logit_scale"] = state["logit_scale"]
+    return Checkpoint(clip, {}, "meanp", activation="quick_gelu", lacks_token_embedding=True)
+
+
+def _from_clip(state: State, file_config: Mapping[str, Any]) -> Checkpoint:
+    """Read OpenAI's own keys: OpenAI's files, those of open_clip, and copies of both."""
+    activation: Activation | None = None
+    if all(name in state for name in OPENAI_EXTRAS):
+        activation = "quick_gelu"
+    clip = {key: value for key, value in state.items() if key not in OPENAI_EXTRAS}
+    vision_heads = text_heads = None
+    model = file_config.get("model_cfg")
+    if isinstance(model, Mapping):
+        activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+        vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+        if isinstance(vision.get("layers"), int):
+            vision_heads = vision["width"] // vision.get("head_width", 64)
+        text_heads = text.get("heads")
+    return Checkpoint(clip, activation=activation, vision_heads=vision_heads, text_heads=text_heads)
+
+
+_HUGGING_FACE_BLOCK = {
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+_HUGGING_FACE_REST = {
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm.weight": "ln_final.weight",
+    "text_model.final_layer_norm.bias": "ln_final.bias",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # sic: the published spelling
+    "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
+    "vision_model.post_layernorm.weight": "visual.ln_post.weight",
+    "vision_model.post_layernorm.bias": "visual.ln_post.bias",
+    "logit_scale": "logit_scale",
+}
+
+
+def _from_hugging_face(state: State, file_config: Mapping[str, Any]) -> Checkpoint:
+    """Read Hugging Face's CLIPModel: separate q, k, v and transposed projections."""
+    clip: State = {}
+    unknown = []
+    for key, value in state.items():
+        tower, _, rest = key.partition("_model.encoder.layers.")
+        index, _, name = rest.partition(".")
+        prefix = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{index}."
+        part, _, last = name.rpartition(".")
+        if key in _HUGGING_FACE_REST:
+            clip[_HUGGING_FACE_REST[key]] = value
+        elif key == "visual_projection.weight":
+            clip["visual.proj"] = value.t()
+        elif key == "text_projection.weight":
+            clip["text_projection"] = value.t()
+        elif part in _HUGGING_FACE_BLOCK:
+            clip[f"{prefix}{_HUGGING_FACE_BLOCK[part]}.{last}"] = value
+        elif part == "self_attn.q_proj":
+            thirds = [key.replace("q_proj", f"{third}_proj") for third in "qkv"]
+            missing = [third for third in thirds if third not in state]
+            if missing:
+                raise WeightsError(f"incomplete attention weights, missing {_listing(missing)}")
+            clip[f"{prefix}attn.in_proj_{last}"] = torch.cat([state[third] for third in thirds])
+        elif part not in ("self_attn.k_proj", "self_attn.v_proj") and last != "position_ids":
+            unknown.append(key)
+    if unknown:
+        raise WeightsError(f"not a Hugging Face CLIPModel, unexpected {_listing(unknown)}")
+    checkpoint = Checkpoint(clip)
+    if file_config:
+        vision, text = (file_config.get(f"{tower}_config") or {} for tower in ("vision", "text"))
+        # The library's own defaults stand for what a configuration leaves out.
+        names = {config.get("hidden_act", "quick_gelu") for config in (vision, text)}
+        if len(names) != 1 or names.isdisjoint(get_args(Activation)):
+            raise WeightsError(
+                f"hidden_act {' and '.join(sorted(names))} in config.json is not supported; "
+                f"both towers must have the same of {', '.join(get_args(Activation))}"
+            )
+        checkpoint.activation = names.pop()
+        checkpoint.vision_heads = vision.get("num_attention_heads", 12)
+        checkpoint.text_heads = text.get("num_attention_heads", 8)
+    return checkpoint
+
+
+def _tensors(state: Any) -> State:
+    """Keep the tensors of a state dict, without the prefix that parallel wrappers add."""
+    if state is None:
+        return {}
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"expected a state dict, found a {type(state).__name__}")
+    return {
+        str(key).removeprefix("module."): value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> State:
+    return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+
+
+def _count(state: Mapping[str, Tensor], pattern: str) -> int:
+    """Count the distinct numbers that the pattern captures at the start of the keys."""
+    return len({match[1] for key in state if (match := re.match(pattern, key))})
+
+
+def _heads(key: str, width: int) -> int:
+    heads, rest = divmod(width, OPEN_CLIP_HEAD_WIDTHS.get(width, 64))
+    if rest or not heads:
+        raise WeightsError(f"{key} has width {width}, which does not split into heads of 64")
+    return heads
+
+
+def _grid(positions: Tensor) -> int:
+    return round((len(positions) - 1) ** 0.5)
+
+
+def _listing(keys: Iterable[str], most: int = 8) -> str:
+    names = [str(key) for key in keys]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

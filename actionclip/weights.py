@@ -1,0 +1,333 @@
+"""Load a model by its published name or from a weight file, and save one.
+
+The only place that turns names and paths into models: find or download the file,
+read its tensors, convert their keys, build the module that they describe, check
+every name and shape, and fill it. No file's code is ever executed.
+"""
+
+import difflib
+import io
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from actionclip import download
+from actionclip.conversion import (
+    CONFIG_KEY,
+    POSITIONS,
+    Checkpoint,
+    State,
+    canonical_temporal,
+    config_to_json,
+    convert,
+    infer_clip_config,
+)
+from actionclip.errors import InputError, WeightsError
+from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig, build_head
+from actionclip.models.clip import cast_encoders, initial_time_embedding
+from actionclip.models.layers import Activation
+from actionclip.models.temporal import TemporalTransformer, interpolate_positions
+from actionclip.published import MODELS
+from actionclip.tensor_files import read_file, write_atomically, write_safetensors
+
+# Frames of the paper's smallest setting, for files that do not say how many they were trained on.
+DEFAULT_NUM_FRAMES = 8
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available_models() -> list[str]:
+    """List the names that `load` knows."""
+    return list(MODELS)
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    temporal: str | None = None,
+    num_frames: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    pretrained: bool = True,
+    download_root: str | os.PathLike[str] | None = None,
+    activation: Activation | None = None,
+    official_conv1d: bool = False,
+) -> ActionCLIP:
+    """Load a model in eval mode.
+
+    Args:
+        name_or_path: one of `available_models()`, or a weight file or folder.
+        temporal: visual prompt: meanp, conv1d, lstm, transf, transf_cls, joint or
+            shift. None takes what the file says, and meanp for a plain CLIP.
+        num_frames: frames T of a video. None takes what the file says, else 8. Tables
+            of frame positions are interpolated if theirs is another number.
+        device: None is the first GPU if there is one, else the CPU.
+        dtype: type of the encoders' weights: float32 (None), bfloat16 or float16. Layer
+            norms and temporal heads stay in float32.
+        pretrained: False draws the published initialisation instead of weights.
+        download_root: folder of downloaded files. None is `$ACTIONCLIP_HOME`, else
+            `$XDG_CACHE_HOME/actionclip`, else `~/.cache/actionclip`.
+        activation: "quick_gelu" (OpenAI) or "gelu", for a file that does not tell.
+        official_conv1d: run the conv1d head as the official code does, see `TemporalConv`.
+
+    Returns:
+        The model; its `config` is everything but the weights, and its `untrained`
+        names the weights that the file did not fill.
+
+    Raises:
+        InputError: if the name is unknown, or a request contradicts the file.
+        WeightsError: if the file is damaged, unsafe, or not of a known layout, or
+            its keys or shapes are not those of a model; the message lists them.
+        DownloadError: if a published file cannot be fetched.
+    """
+    name = os.fspath(name_or_path)
+    if num_frames is not None and num_frames < 1:
+        raise InputError(f"num_frames is {num_frames}, it must be at least 1")
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"dtype is {dtype}; choose from {', '.join(map(str, DTYPES))}")
+    if temporal is not None and canonical_temporal(temporal) not in TEMPORAL:
+        raise InputError(f"temporal is {temporal!r}; choose from {', '.join(TEMPORAL)}")
+
+    if pretrained:
+        checkpoint = _read(name, download_root)
+        config = _configure(checkpoint, name, temporal, num_frames, activation, official_conv1d)
+        with torch.device("meta"):
+            model = _build(config, name)
+        _fill(model, checkpoint, name)
+    else:
+        if name not in MODELS:
+            raise InputError(f"pretrained=False needs a published name, {_unknown(name)}")
+        clip = MODELS[name].config
+        if activation is not None:
+            clip = replace(clip, activation=activation)
+        checkpoint = Checkpoint(clip={})
+        config = _with_time(
+            ActionCLIPConfig(clip), checkpoint, name, temporal, num_frames, official_conv1d
+        )
+        model = _build(config, name)
+        model.untrained = tuple(model.state_dict())
+    if dtype is not None:
+        cast_encoders(model.clip, dtype)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def save(model: ActionCLIP, path: str | os.PathLike[str]) -> None:
+    """Write weights and configuration to one file that `load` takes.
+
+    The file appears whole or not at all.
+
+    Args:
+        model: any model of this package.
+        path: ends in `.safetensors`, or in `.pt` for a plain PyTorch file.
+
+    Raises:
+        InputError: if the ending is neither.
+        WeightsError: if the file cannot be written.
+    """
+    suffix = Path(path).suffix
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    config = config_to_json(model.config)
+    if suffix == ".safetensors":
+        write_safetensors(os.fspath(path), state, {"format": "pt", CONFIG_KEY: config})
+    elif suffix == ".pt":
+        buffer = io.BytesIO()
+        torch.save({CONFIG_KEY: config, "state_dict": state}, buffer)
+        write_atomically(os.fspath(path), [buffer.getbuffer()])
+    else:
+        raise InputError(f"cannot save to {str(path)!r}: end the name in .safetensors or .pt")
+
+
+def _read(name: str, download_root: str | os.PathLike[str] | None) -> Checkpoint:
+    """Read and convert the file behind a published name or a path."""
+    path = name
+    if name in MODELS:
+        path = _fetch(name, download_root)
+    elif not os.path.exists(name):
+        raise InputError(_unknown(name))
+    file = read_file(path)
+    try:
+        checkpoint = convert(file.content, file.metadata, file.config)
+        if checkpoint.lacks_token_embedding:
+            _borrow_token_embedding(checkpoint, download_root)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if checkpoint.activation is None and "quickgelu" in os.path.basename(path).lower():
+        checkpoint.activation = "quick_gelu"
+    return checkpoint
+
+
+def _fetch(name: str, download_root: str | os.PathLike[str] | None) -> str:
+    model = MODELS[name]
+    return download.fetch(
+        model.url,
+        sha256=model.sha256,
+        filename=model.file,
+        size=model.size,
+        cache_dir=None if download_root is None else os.fspath(download_root),
+        # OpenAI's own package keeps the same files there.
+        also_look_in=() if download_root else (os.path.expanduser("~/.cache/clip"),),
+    )
+
+
+def _borrow_token_embedding(
+    checkpoint: Checkpoint, download_root: str | os.PathLike[str] | None
+) -> None:
+    """Complete a ViFi-CLIP checkpoint with the token embedding it was frozen with.
+
+    ViFi-CLIP starts from an OpenAI model and saves all of it but this table, so the
+    table is that of the published model of the same shape.
+    """
+    key = "token_embedding.weight"
+    checkpoint.clip[key] = torch.empty(
+        49408, len(checkpoint.clip["ln_final.weight"]), device="meta"
+    )
+    config = infer_clip_config(checkpoint, "quick_gelu")
+    for name, published in MODELS.items():
+        if published.config == config:
+            checkpoint.clip[key] = _read(name, download_root).clip[key]
+            return
+    raise WeightsError(
+        "this ViFi-CLIP checkpoint lacks the token embedding of the OpenAI model it started "
+        "from, and no published model has its shape"
+    )
+
+
+def _unknown(name: str) -> str:
+    """Say that `name` is neither known nor a file, and what was perhaps meant."""
+    lower = {model.lower(): model for model in MODELS}
+    close = difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.5)
+    hint = f" did you mean {' or '.join(lower[match] for match in close)}?" if close else ""
+    return f"model {name!r} is no known name and no file;{hint} known names: {', '.join(MODELS)}"
+
+
+def _configure(
+    checkpoint: Checkpoint,
+    name: str,
+    temporal: str | None,
+    num_frames: int | None,
+    activation: Activation | None,
+    official_conv1d: bool,
+) -> ActionCLIPConfig:
+    """Combine what the file says with what the caller asks for."""
+    told = checkpoint.activation
+    if told and activation and told != activation:
+        raise InputError(f"activation={activation!r} contradicts {name}, which has {told!r}")
+    if not told and not activation:
+        warnings.warn(
+            f"{name} does not tell its activation; taking quick_gelu, as OpenAI's models have. "
+            "Pass activation='gelu' for open_clip models trained with GELU, or "
+            "activation='quick_gelu' to silence this.",
+            stacklevel=3,
+        )
+    if checkpoint.config is not None:
+        config = checkpoint.config
+    else:
+        try:
+            clip = infer_clip_config(checkpoint, told or activation or "quick_gelu")
+        except WeightsError as error:
+            raise WeightsError(f"{name}: {error}") from error
+        config = ActionCLIPConfig(clip)
+    return _with_time(config, checkpoint, name, temporal, num_frames, official_conv1d)
+
+
+def _with_time(
+    config: ActionCLIPConfig,
+    checkpoint: Checkpoint,
+    name: str,
+    temporal: str | None,
+    num_frames: int | None,
+    official_conv1d: bool,
+) -> ActionCLIPConfig:
+    asked = None if temporal is None else canonical_temporal(temporal)
+    if checkpoint.temporal and asked and asked != checkpoint.temporal:
+        raise InputError(
+            f"temporal={temporal!r} contradicts {name}, which has {checkpoint.temporal!r}"
+        )
+    return replace(
+        config,
+        temporal=checkpoint.temporal or asked or "meanp",
+        num_frames=num_frames or checkpoint.num_frames or DEFAULT_NUM_FRAMES,
+        official_conv1d=official_conv1d or config.official_conv1d,
+    )
+
+
+def _build(config: ActionCLIPConfig, name: str) -> ActionCLIP:
+    try:
+        return ActionCLIP(config)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
+    """Move the file's tensors into a model that was built on the meta device.
+
+    Prompt weights that a plain CLIP cannot have are initialised and noted in
+    `model.untrained`.
+    """
+    _fit_positions(model, checkpoint, name)
+    state = {f"clip.{key}": value for key, value in checkpoint.clip.items()}
+    state |= {f"temporal.{key}": value for key, value in checkpoint.head.items()}
+    checkpoint.clip.clear()  # so that each tensor of the file is freed once it is converted
+    if checkpoint.temporal is None:
+        initial = _initial_prompt(model.config)
+        model.untrained = tuple(initial)
+        state |= initial
+    expected = model.state_dict()
+    _check_keys(expected, state, name)
+    for key in expected:
+        state[key] = state[key].to(expected[key].dtype).contiguous()
+    model.load_state_dict(state, assign=True)
+
+
+def _fit_positions(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
+    """Make the file's table of frame positions and the model's agree on the frames."""
+    length, trained = model.num_frames, checkpoint.num_frames
+    clip, head = checkpoint.clip, checkpoint.head
+    if "visual.time_embedding" in clip:
+        clip["visual.time_embedding"] = interpolate_positions(clip["visual.time_embedding"], length)
+    elif "transformer.pos_embed" in head:
+        table = head["transformer.pos_embed"][0]
+        stretched = interpolate_positions(table[1:], length)
+        head["transformer.pos_embed"] = torch.cat([table[:1], stretched])[None]
+    elif isinstance(model.temporal, TemporalTransformer) and POSITIONS in head:
+        table = head[POSITIONS]
+        if trained is not None and trained != length:
+            table = interpolate_positions(table[:trained], length)
+        if length > len(table):
+            raise InputError(
+                f"num_frames={length} is more than the {len(table)} frame positions in {name}"
+            )
+        head[POSITIONS] = table
+        model.temporal.frame_position_embeddings = nn.Embedding(
+            len(table), table.shape[1], device="meta"
+        )
+
+
+def _initial_prompt(config: ActionCLIPConfig) -> State:
+    """Draw the weights that a visual prompt adds to CLIP."""
+    if config.temporal == "joint":
+        table = initial_time_embedding(config.num_frames, config.clip.vision_width)
+        return {"clip.visual.time_embedding": table}
+    return {f"temporal.{key}": value for key, value in build_head(config).state_dict().items()}
+
+
+def _check_keys(expected: State, found: State, name: str) -> None:
+    """Raise with every key that is missing, unexpected or of another shape."""
+    problems = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "misshapen": [
+            f"{key} {tuple(found[key].shape)} instead of {tuple(expected[key].shape)}"
+            for key in expected
+            if key in found and found[key].shape != expected[key].shape
+        ],
+    }
+    if any(problems.values()):
+        text = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
+        raise WeightsError(f"{name} does not hold the weights of this model; {text}")
