@@ -84,11 +84,13 @@ class WeightFile:
     config: dict[str, Any] | None = None
 
 
-def read_file(path: str | os.PathLike[str]) -> WeightFile:
+def read_file(path: str | os.PathLike[str], *, half_as: torch.dtype | None = None) -> WeightFile:
     """Read a weight file of any known format, or a folder of Hugging Face or open_clip.
 
-    For folders and for `.safetensors` and `.bin` files, `config` is the `config.json`
-    (or, for an `open_clip_*` file, the `open_clip_config.json`) of the same folder.
+    With `half_as`, a TorchScript archive's half-precision tensors come in that type; see
+    `read_archive`. Other formats come as they are. For folders and for `.safetensors` and
+    `.bin` files, `config` is the `config.json` (or, for an `open_clip_*` file, the
+    `open_clip_config.json`) of the same folder.
 
     Raises:
         WeightsError: if the file is missing, damaged, of an unknown format, or needs
@@ -98,7 +100,7 @@ def read_file(path: str | os.PathLike[str]) -> WeightFile:
     shown = os.fspath(path)
     if os.path.isdir(shown):
         return replace(_read_folder(shown), path=shown)
-    loaded = _read_tensors(shown)
+    loaded = _read_tensors(shown, half_as)
     if shown.endswith((".safetensors", ".bin")):
         return replace(loaded, config=_read_settings(shown))
     return loaded
@@ -168,14 +170,14 @@ def write_atomically(
             os.remove(partial)
 
 
-def _read_tensors(path: str) -> WeightFile:
+def _read_tensors(path: str, half_as: torch.dtype | None = None) -> WeightFile:
     """Read a file by what its first bytes say."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)
             if start.startswith(b"PK\x03\x04"):
                 if _is_torchscript(path, file):
-                    return WeightFile(path, "torchscript", dict(read_archive(path)))
+                    return WeightFile(path, "torchscript", read_archive(path, half_as=half_as))
                 return WeightFile(path, "pickle", _read_pickle(path, is_zip=True))
             # Eight bytes of length, then JSON. No pickle has a brace there.
             if start[8:9] == b"{":

@@ -14,10 +14,11 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader
+from threading import Lock
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ _DTYPES = {
     "torch.ByteStorage": torch.uint8,
     "torch.BoolStorage": torch.bool,
 }
+_HALF = (torch.float16, torch.bfloat16)
 # What each callable gives back is its first argument: lists, tagged containers and
 # device names are plain values here. The number is how many arguments it takes.
 _PASS_THROUGH = {
@@ -94,9 +96,16 @@ class _Storage:
 
     elements: Tensor
     record: zipfile.ZipInfo
+    dtype: torch.dtype  # in the file
+
+    @property
+    def is_converted(self) -> bool:
+        return self.elements.dtype != self.dtype
 
 
-def read_archive(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_archive(
+    path: str | os.PathLike[str], *, half_as: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Read the parameters and buffers of a TorchScript archive.
 
     The result equals `torch.jit.load(path, map_location="cpu").state_dict()`: keys,
@@ -104,6 +113,8 @@ def read_archive(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Args:
         path: the archive; checksums of its records are verified.
+        half_as: type for what the file stores in half precision, converted while it is
+            read, so that the half-precision copy is never in memory. None keeps it.
 
     Returns:
         Dotted names to CPU tensors that own their memory.
@@ -118,10 +129,11 @@ def read_archive(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             records = _checked_records(archive, os.fstat(file.fileno()).st_size)
-            description = _Description(_read_small(archive, records, "data.pkl"), records)
+            data = _read_small(archive, records, "data.pkl")
+            description = _Description(data, records, half_as)
             root = description.interpret()
             tensors = _Classes(archive, records).state_dict(root)
-            _fill(file, description.storages.values())
+            _fill(file, list(description.storages.values()))
     except _Refused as error:
         raise WeightsError(f"{shown}: not a usable TorchScript archive: {error}") from error
     except OSError as error:
@@ -179,39 +191,51 @@ def _read_small(
     return archive.read(records[name])
 
 
-def _fill(file: BufferedReader, storages: Iterable[_Storage]) -> None:
-    """Read each record straight into the memory of its tensor and verify it."""
-    # A second thread computes checksums while this one reads: a third of the time.
-    with ThreadPoolExecutor(max_workers=1) as checker:
-        checks = [
-            (storage.record, checker.submit(zlib.crc32, _read_record(file, storage)))
-            for storage in storages
-        ]
-    for record, checksum in checks:
-        if checksum.result() != record.CRC:
-            raise _Refused(f"{record.filename} does not match its checksum")
+def _fill(file: BufferedReader, storages: Sequence[_Storage]) -> None:
+    """Read each record into the memory of its tensor, converted if need be, and verify it."""
+    one_reads = Lock()
+
+    def fill(storage: _Storage) -> None:
+        raw = storage.elements.view(torch.uint8)
+        if storage.is_converted:
+            raw = torch.empty(storage.record.file_size, dtype=torch.uint8)
+        memory = raw.numpy().data
+        with one_reads:
+            _read_record(file, storage.record, memory)
+        if zlib.crc32(memory) != storage.record.CRC:
+            raise _Refused(f"{storage.record.filename} does not match its checksum")
+        if storage.is_converted:
+            storage.elements.copy_(raw.view(storage.dtype))
+
+    # Checksums and conversion cost as much as reading; two threads share them.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for _ in pool.map(fill, storages):
+            pass
 
 
-def _read_record(file: BufferedReader, storage: _Storage) -> memoryview:
-    record = storage.record
+def _read_record(file: BufferedReader, record: zipfile.ZipInfo, memory: memoryview) -> None:
     file.seek(record.header_offset)
     # The local header repeats the name and may pad it so that the data is aligned.
     signature, name_length, extra_length = struct.unpack("<4s22xHH", file.read(30))
     if signature != b"PK\x03\x04":
         raise _Refused(f"{record.filename} has no header where the index says")
     file.seek(name_length + extra_length, os.SEEK_CUR)
-    memory = storage.elements.view(torch.uint8).numpy().data
     if file.readinto(memory) != len(memory):
         raise _Refused(f"{record.filename} is cut short")
-    return memory
 
 
 class _Description:
     """Interpreter of `data.pkl`: a stack machine that builds plain values only."""
 
-    def __init__(self, data: bytes, records: Mapping[str, zipfile.ZipInfo]) -> None:
+    def __init__(
+        self,
+        data: bytes,
+        records: Mapping[str, zipfile.ZipInfo],
+        half_as: torch.dtype | None = None,
+    ) -> None:
         self.storages: dict[str, _Storage] = {}
         self._records = records
+        self._half_as = half_as
         self._data = data
         self._position = 0
         self._stack: list[Any] = []
@@ -372,9 +396,10 @@ class _Description:
                 raise _Refused(f"data/{key} is compressed or encrypted")
             if not size == record.file_size == record.compress_size:
                 raise _Refused(f"data/{key} has {record.file_size} bytes, {size} are announced")
-            self.storages[key] = _Storage(torch.empty(count, dtype=dtype), record)
+            target = self._half_as if dtype in _HALF and self._half_as else dtype
+            self.storages[key] = _Storage(torch.empty(count, dtype=target), record, dtype)
         storage = self.storages[key]
-        if storage.elements.dtype != dtype or storage.elements.numel() != count:
+        if storage.dtype != dtype or storage.elements.numel() != count:
             raise _Refused(f"data/{key} is used with two types or sizes")
         return storage
 

@@ -11,9 +11,11 @@ import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from actionclip import download
 from actionclip.conversion import (
@@ -93,10 +95,12 @@ def load(
         raise InputError(f"temporal is {temporal!r}; choose from {', '.join(TEMPORAL)}")
 
     if pretrained:
-        checkpoint = _read(name, download_root)
+        checkpoint = _read(name, download_root, dtype or torch.float32)
         config = _configure(checkpoint, name, temporal, num_frames, activation, official_conv1d)
-        with torch.device("meta"):
+        with _Unfilled():
             model = _build(config, name)
+        if dtype is not None:
+            cast_encoders(model.clip, dtype)
         _fill(model, checkpoint, name)
     else:
         if name not in MODELS:
@@ -110,8 +114,8 @@ def load(
         )
         model = _build(config, name)
         model.untrained = tuple(model.state_dict())
-    if dtype is not None:
-        cast_encoders(model.clip, dtype)
+        if dtype is not None:
+            cast_encoders(model.clip, dtype)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
@@ -143,20 +147,26 @@ def save(model: ActionCLIP, path: str | os.PathLike[str]) -> None:
         raise InputError(f"cannot save to {str(path)!r}: end the name in .safetensors or .pt")
 
 
-def _read(name: str, download_root: str | os.PathLike[str] | None) -> Checkpoint:
+def _read(
+    name: str,
+    download_root: str | os.PathLike[str] | None,
+    half_as: torch.dtype | None = None,
+) -> Checkpoint:
     """Read and convert the file behind a published name or a path."""
     path = name
     if name in MODELS:
         path = _fetch(name, download_root)
     elif not os.path.exists(name):
         raise InputError(_unknown(name))
-    file = read_file(path)
+    file = read_file(path, half_as=half_as)
     try:
         checkpoint = convert(file.content, file.metadata, file.config)
         if checkpoint.lacks_token_embedding:
             _borrow_token_embedding(checkpoint, download_root)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(f"{path}: not the tensors or settings of a model ({error})") from error
     if checkpoint.activation is None and "quickgelu" in os.path.basename(path).lower():
         checkpoint.activation = "quick_gelu"
     return checkpoint
@@ -265,7 +275,7 @@ def _build(config: ActionCLIPConfig, name: str) -> ActionCLIP:
 
 
 def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
-    """Move the file's tensors into a model that was built on the meta device.
+    """Move the file's tensors into a model that was built unfilled.
 
     Prompt weights that a plain CLIP cannot have are initialised and noted in
     `model.untrained`.
@@ -280,15 +290,46 @@ def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
         state |= initial
     expected = model.state_dict()
     _check_keys(expected, state, name)
-    for key in expected:
-        state[key] = state[key].to(expected[key].dtype).contiguous()
+    for key, wanted in expected.items():
+        state[key] = state[key].to(wanted.dtype).contiguous()
     model.load_state_dict(state, assign=True)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Build modules without drawing their weights, which a file will replace.
+
+    Memory that is never written costs nothing, so this is as light as the meta device,
+    whose first use imports two seconds' worth of PyTorch.
+    """
+
+    # The functions of `nn.init` arrive here before the tensor methods that they call.
+    DRAWS = frozenset(
+        {
+            nn.init.normal_,
+            nn.init.uniform_,
+            nn.init.kaiming_uniform_,
+            Tensor.normal_,
+            Tensor.uniform_,
+        }
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _fit_positions(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
     """Make the file's table of frame positions and the model's agree on the frames."""
     length, trained = model.num_frames, checkpoint.num_frames
     clip, head = checkpoint.clip, checkpoint.head
+    for state, key, rank in (
+        (clip, "visual.time_embedding", 2),
+        (head, "transformer.pos_embed", 3),
+        (head, POSITIONS, 2),
+    ):
+        if key in state and (state[key].ndim != rank or not state[key].numel()):
+            raise WeightsError(f"{name}: {key} has shape {tuple(state[key].shape)}, not a table")
     if "visual.time_embedding" in clip:
         clip["visual.time_embedding"] = interpolate_positions(clip["visual.time_embedding"], length)
     elif "transformer.pos_embed" in head:
@@ -304,9 +345,7 @@ def _fit_positions(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None
                 f"num_frames={length} is more than the {len(table)} frame positions in {name}"
             )
         head[POSITIONS] = table
-        model.temporal.frame_position_embeddings = nn.Embedding(
-            len(table), table.shape[1], device="meta"
-        )
+        model.temporal.frame_position_embeddings = nn.Embedding(*table.shape)
 
 
 def _initial_prompt(config: ActionCLIPConfig) -> State:

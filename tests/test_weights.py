@@ -358,6 +358,14 @@ def test_shapes_that_are_no_clip(tmp_path: Path, change: dict, message: str) -> 
         actionclip.load(save(tmp_path, state), activation="quick_gelu")
 
 
+@pytest.mark.parametrize("shape", [(), (8,), (8, 64), (0, 9, 64), (1, 9, 64, 1)])
+def test_position_tables_of_other_ranks_are_refused(tmp_path: Path, shape: tuple) -> None:
+    head = head_state("transf_cls") | {"transformer.pos_embed": torch.zeros(shape)}
+    path = save(tmp_path, {"model_state_dict": tiny_state(), "fusion_model_state_dict": head})
+    with pytest.raises(actionclip.WeightsError, match=r"model\.pt: (transformer|not the tensors)"):
+        actionclip.load(path)
+
+
 def test_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(actionclip.WeightsError, match=r"none of the known.*conv\.weight"):
         actionclip.load(save(tmp_path, {"conv.weight": torch.zeros(1)}))
