@@ -1,0 +1,746 @@
+"""Read chosen frames of a video file, decoding little more than what they need.
+
+First half of video file -> frames -> frame embeddings -> video embedding -> similarity
+-> prediction: a path and positions in, uint8 RGB frames out. Which positions to take is
+the caller's choice (`sampling`), and so is what happens to a frame (`transform`).
+
+The definition of "frame i" is `_decode_all`: open, decode every packet, count what comes
+out. `_decode_planned` is its fast twin: it seeks to the key frames that the wanted frames
+need and lets the decoder skip frames that no other frame refers to. It checks what it
+meets and hands over to `_decode_all` at the first surprise, so both give equal frames.
+"""
+
+import os
+import stat
+import time
+from array import array
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import index as as_int
+from typing import BinaryIO
+
+import av
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from torch import Tensor
+
+from actionclip.errors import InputError, VideoError
+
+# fmt: off
+VIDEO_EXTENSIONS = frozenset({
+    ".3g2", ".3gp", ".asf", ".avi", ".flv", ".gif", ".h264", ".hevc", ".m2ts", ".m4v", ".mkv",
+    ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".nut", ".ogv", ".ts", ".webm", ".wmv",
+})
+# fmt: on
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png"})
+
+# Demuxers that read nothing but the file they are given. Playlists and scripts (HLS,
+# ffconcat, SDP, DASH) can name other files or hosts, whatever the extension says; only
+# this list keeps them out, `protocol_whitelist` alone does not.
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,flv,"
+    "asf,ogg,gif,nut"
+)
+_IMAGE_SIGNATURES = {b"\xff\xd8\xff": "jpeg_pipe", b"\x89PNG": "png_pipe"}
+_OPEN_TIMEOUT_SECONDS = (10, 10)
+
+# Where pts are explicit, one packet is one frame and seeking lands on the key frame asked
+# for. AVI invents pts, MPEG-TS seeks by guessing, a VP8 packet may hold a hidden frame.
+_PLANNED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+_PLANNED_CODECS = frozenset({"h264", "hevc", "vp9", "av1"})
+
+FrameTransform = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a file may cost before it is refused.
+
+    Attributes:
+        max_pixels: width x height of any frame (8K is 33 million).
+        max_aspect: longer side over shorter side; resizing a strip would make it huge.
+        max_frames: frames in the file.
+        max_hours: duration that the file claims.
+        max_seconds: wall-clock time spent on the file.
+    """
+
+    max_pixels: int = 64_000_000
+    max_aspect: float = 64.0
+    max_frames: int = 5_000_000
+    max_hours: float = 24.0
+    max_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class DecodedVideo:
+    """The chosen frames of one video and what was lost while decoding them.
+
+    Attributes:
+        frames: (T, 3, H, W) uint8 RGB in the order of the chosen positions, or (T, ...)
+            of whatever `transform` returned.
+        num_frames: frames in the whole video.
+        skipped_packets: packets the decoder refused.
+        corrupt_frames: frames the decoder marked as damaged.
+        truncated: whether the file ends before its own structure says so.
+    """
+
+    frames: Tensor
+    num_frames: int
+    skipped_packets: int = 0
+    corrupt_frames: int = 0
+    truncated: bool = False
+
+    @property
+    def damaged(self) -> bool:
+        return bool(self.truncated or self.skipped_packets or self.corrupt_frames)
+
+    @property
+    def damage(self) -> str:
+        """One line on what was lost; empty if nothing was."""
+        parts = []
+        if self.truncated:
+            parts.append("the file is cut short")
+        if self.skipped_packets:
+            parts.append(f"{self.skipped_packets} packets could not be decoded")
+        if self.corrupt_frames:
+            parts.append(f"{self.corrupt_frames} frames are corrupt")
+        return f"{', '.join(parts)}; {self.num_frames} frames decoded" if parts else ""
+
+
+def find_videos(folder: str | os.PathLike[str]) -> list[str]:
+    """Return the video files below a folder, sorted by path.
+
+    A file counts if its extension is in `VIDEO_EXTENSIONS`; links to folders are not
+    followed.
+
+    Raises:
+        VideoError: if the folder, or one below it, cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _os_error(str(error.filename), error)
+
+    found = []
+    for root, _, names in os.walk(folder, onerror=refuse):
+        found += [os.path.join(root, name) for name in names if _is_a(name, VIDEO_EXTENSIONS)]
+    return sorted(found)
+
+
+def read_frames(
+    path: str | os.PathLike[str],
+    indices: Sequence[int],
+    *,
+    transform: FrameTransform | None = None,
+    limits: Limits = Limits(),
+    strict: bool = False,
+) -> Tensor:
+    """Return the frames at given positions of a video.
+
+    Args:
+        path: a video file, or a folder of .jpg or .png frames.
+        indices: 0-based positions in presentation order; may repeat, in any order.
+        transform: see `decode`.
+        limits: see `decode`.
+        strict: see `decode`.
+
+    Returns:
+        (T, 3, H, W) uint8 RGB in the order of `indices`, or (T, ...) of transformed frames.
+
+    Raises:
+        InputError: if there are no indices or one is not in [0, number of frames).
+        VideoError: if the video cannot be used.
+    """
+    return decode(path, lambda _: indices, transform=transform, limits=limits, strict=strict).frames
+
+
+def decode(
+    path: str | os.PathLike[str],
+    choose: Callable[[int], Sequence[int]],
+    *,
+    transform: FrameTransform | None = None,
+    limits: Limits = Limits(),
+    strict: bool = False,
+) -> DecodedVideo:
+    """Decode the frames that `choose` picks once the number of frames is known.
+
+    Reads the video stream that FFmpeg calls best (never cover art beside a video),
+    rotated as the file asks. Damage is looked for in what has to be decoded: a file that
+    is broken elsewhere gives the frames asked for, undamaged.
+
+    Args:
+        path: a video file, or a folder of .jpg or .png frames in the order of their names.
+        choose: maps the number of frames to 0-based positions in presentation order,
+            which may repeat, in any order. Called again if decoding an odd file shows
+            another number of frames than its packets promised.
+        transform: maps a (3, H, W) uint8 RGB frame to a tensor. Runs inside the decoding
+            loop, so that no more than one full-size frame is held; may run twice on a
+            frame of an odd file. Without it, frames of another size than the first
+            chosen one are rescaled to that size, as ffmpeg does.
+        limits: what the file may cost.
+        strict: whether damage is an error rather than a note in the result.
+
+    Returns:
+        The frames in the order of the positions, and what was lost.
+
+    Raises:
+        InputError: if `choose` picks nothing or a position that does not exist.
+        VideoError: if the video cannot be used. Its `reason` is `missing`, `not-a-file`,
+            `permission`, `empty`, `unreadable`, `not-a-video`, `no-video-stream`,
+            `unsupported-codec`, `no-frames`, `too-large`, `too-long`, `timeout`,
+            `not-an-image` (in a folder) or `damaged`: nothing could be decoded or, with
+            `strict`, not all.
+    """
+    source = _Source(os.fspath(path), transform, limits, time.monotonic() + limits.max_seconds)
+    if os.path.isdir(path):
+        video = _decode_folder(source, choose)
+    else:
+        _check_file(source.path)
+        is_cut_short = _is_cut_short(source)
+        try:
+            video = _decode_file(source, choose, is_cut_short)
+        except VideoError as error:
+            if is_cut_short and error.reason in ("not-a-video", "no-video-stream", "no-frames"):
+                message = "the file is cut short and nothing is readable; copy or download it again"
+                raise VideoError(source.path, "damaged", message) from None
+            raise
+    if strict and video.damaged:
+        raise VideoError(source.path, "damaged", video.damage)
+    return video
+
+
+class _SurpriseError(Exception):
+    """The plan does not fit what the decoder gives."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What every step of one call needs to know."""
+
+    path: str
+    transform: FrameTransform | None
+    limits: Limits
+    deadline: float
+
+    def check_time(self) -> None:
+        if time.monotonic() > self.deadline:
+            message = f"decoding took over {self.limits.max_seconds:g} seconds; raise max_seconds"
+            raise VideoError(self.path, "timeout", message)
+
+    def check_size(self, width: int, height: int) -> None:
+        if width * height > self.limits.max_pixels:
+            raise VideoError(
+                self.path,
+                "too-large",
+                f"a frame of {width} x {height} pixels is above the limit of "
+                f"{self.limits.max_pixels}; raise max_pixels or scale the video down",
+            )
+
+        if max(width, height) > self.limits.max_aspect * min(width, height):
+            raise VideoError(
+                self.path,
+                "too-large",
+                f"a frame of {width} x {height} pixels is more than "
+                f"{self.limits.max_aspect:g} times as long as wide; crop it or raise max_aspect",
+            )
+
+    def check_length(self, num_frames: int, seconds: float) -> None:
+        if num_frames > self.limits.max_frames:
+            raise VideoError(
+                self.path,
+                "too-long",
+                f"over {self.limits.max_frames} frames; raise max_frames or cut the video",
+            )
+        if seconds > 3600 * self.limits.max_hours:
+            raise VideoError(
+                self.path,
+                "too-long",
+                f"claims {seconds / 3600:.1f} hours, above the limit of "
+                f"{self.limits.max_hours:g}; raise max_hours or cut the video",
+            )
+
+
+class _ChosenFrames:
+    """The wanted frames, converted as they come; nothing else is kept."""
+
+    def __init__(self, source: _Source, positions: Sequence[int]) -> None:
+        self.source = source
+        self.positions = [as_int(position) for position in positions]
+        self.wanted = frozenset(self.positions)
+        self.frames: dict[int, Tensor] = {}
+        self.size: tuple[int, int] | None = None
+
+    def check(self, num_frames: int) -> None:
+        """Refuse positions that the video does not have."""
+        if not self.positions:
+            raise InputError(f"no frames were chosen from {self.source.path}; choose at least one")
+        for position in self.positions:
+            if not 0 <= position < num_frames:
+                raise InputError(
+                    f"frame index {position} is out of range: {self.source.path} has "
+                    f"{num_frames} frames, 0 to {num_frames - 1}"
+                )
+
+    def offer(self, position: int, frame: VideoFrame) -> None:
+        """Keep the frame if its position is wanted."""
+        self.source.check_size(frame.width, frame.height)
+        if position not in self.wanted:
+            return
+        if self.source.transform is not None:
+            self.frames[position] = self.source.transform(_to_rgb(frame, None))
+            return
+        # Rescaling comes before rotation: the size to keep is that of the coded picture.
+        self.size = self.size or (frame.width, frame.height)
+        self.frames[position] = _to_rgb(frame, self.size)
+
+    def stack(self) -> Tensor:
+        """Return the frames in the order chosen."""
+        frames = [self.frames[position] for position in self.positions]
+        if self.source.transform is not None:
+            return torch.stack(frames)
+        # In the order they lie in memory, several times faster; by NumPy, because waking
+        # PyTorch's threads for a copy costs more than the copy where cores are busy.
+        pixels = np.stack([frame.permute(1, 2, 0).numpy() for frame in frames])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _to_rgb(frame: VideoFrame, size: tuple[int, int] | None) -> Tensor:
+    """Return a frame as (3, H, W) uint8 RGB, rotated, with the channels innermost in memory."""
+    width, height = size or (frame.width, frame.height)
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24", width=width, height=height)
+    image = torch.from_numpy(pixels)
+    if frame.rotation:  # in degrees counter-clockwise, as for rot90
+        image = torch.rot90(image, round(frame.rotation / 90), (0, 1)).contiguous()
+    return image.permute(2, 0, 1)
+
+
+# Opening
+
+
+def _check_file(path: str) -> None:
+    """Refuse what libav would misread or block on, such as a FIFO."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise _os_error(path, error) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(path, "not-a-file", "not a regular file; give a video file or a folder")
+    if status.st_size == 0:
+        raise VideoError(path, "empty", "the file has 0 bytes; copy or download it again")
+
+
+def _os_error(path: str, error: OSError | ValueError) -> VideoError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+        return VideoError(path, "missing", "no such file or folder; check the path")
+    if isinstance(error, PermissionError):
+        return VideoError(path, "permission", "no permission to read it; change its mode or owner")
+    return VideoError(path, "unreadable", f"the system cannot read it: {error.strerror}")
+
+
+def _open(source: _Source, path: str, image_format: str | None = None) -> InputContainer:
+    """Open one file so that libav reads that file and nothing else."""
+    options = {"protocol_whitelist": "file", "format_whitelist": image_format or _CONTAINERS}
+    try:
+        return av.open(
+            "file:" + os.path.abspath(path),
+            mode="r",
+            format=image_format,
+            # Not `options`: PyAV up to 16 overruns memory with them where streams turn up
+            # late (FLV).
+            container_options=options,
+            metadata_errors="replace",
+            timeout=_OPEN_TIMEOUT_SECONDS,
+        )
+    except av.error.PermissionError as error:
+        raise _os_error(source.path, error) from None
+    except av.error.ExitError:
+        raise _stalled(source) from None
+    except av.FFmpegError as error:
+        message = f"not a video in a known format ({error.strerror}); convert or copy it again"
+        raise VideoError(source.path, "not-a-video", message) from None
+
+
+def _stalled(source: _Source) -> VideoError:
+    return VideoError(source.path, "timeout", "reading stalled; check the disk or the network")
+
+
+def _no_decoder(source: _Source) -> VideoError:
+    message = "there is no decoder for its video codec; convert it to H.264"
+    return VideoError(source.path, "unsupported-codec", message)
+
+
+@dataclass(frozen=True)
+class _OpenVideo:
+    """An open file and the stream of it to decode."""
+
+    source: _Source
+    container: InputContainer
+    stream: VideoStream
+
+    def packets(self) -> Iterator[av.Packet]:
+        """Yield the packets; an empty one would tell the decoder that the end has come."""
+        try:
+            for packet in self.container.demux(self.stream):
+                self.source.check_time()
+                if packet.size:
+                    yield packet
+        except av.error.ExitError:
+            raise _stalled(self.source) from None
+
+    def codec(self) -> str:
+        return self.stream.codec_context.codec.canonical_name
+
+    def can_skip(self) -> bool:
+        """Tell whether skipping non-reference frames leaves all others as they are."""
+        if self.codec() == "hevc":
+            # Frames marked so may still be referred to from a higher temporal layer. The
+            # number of layers is in the hvcC record (ISO/IEC 14496-15, 8.3.3.1), 0 if unknown.
+            record = self.stream.codec_context.extradata or b""
+            return len(record) > 21 and record[21] >> 3 & 7 == 1
+        # AV1 and VP9 decoders do not skip.
+        return self.codec() == "h264"
+
+
+def _best_video(source: _Source, container: InputContainer) -> _OpenVideo:
+    """Find the stream to decode, check its limits and give it one decoder thread.
+
+    One, because callers decode several files at a time: more threads for each would only
+    add up to more than there are cores. A second one makes a lone file up to 1.4x faster
+    where a single long GOP holds all the wanted frames, and slower where GOPs are short.
+    """
+    stream = container.streams.best("video")
+    if stream is not None and stream.disposition & Disposition.attached_pic:
+        others = container.streams.video
+        stream = next((s for s in others if not s.disposition & Disposition.attached_pic), stream)
+    if not isinstance(stream, VideoStream):
+        raise VideoError(source.path, "no-video-stream", "it holds no video, perhaps only sound")
+    if stream.codec_context is None:
+        raise _no_decoder(source)
+    source.check_size(stream.codec_context.width, stream.codec_context.height)
+    source.check_length(stream.frames, (container.duration or 0) / av.time_base)
+    stream.codec_context.thread_count = 1
+    return _OpenVideo(source, container, stream)
+
+
+# Is the file whole?
+
+
+def _is_cut_short(source: _Source) -> bool:
+    """Tell whether the file is shorter than its own outermost structure says.
+
+    Libav reads a cut WebM or AVI without a word. MPEG-TS and raw streams have no such
+    structure: a cut there cannot be told from the end.
+    """
+    try:
+        with open(source.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            return _claimed_size(file, size) > size
+    except OSError as error:
+        raise _os_error(source.path, error) from None
+
+
+def _claimed_size(file: BinaryIO, size: int) -> int:
+    head = file.read(12)
+    if head[4:8] in _MP4_FIRST_BOXES:
+        return _mp4_end(file, size)
+    if head[:4] == b"RIFF":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if head[:4] == _EBML_HEADER:
+        return _matroska_end(file)
+    return 0
+
+
+_MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+_EBML_HEADER = b"\x1a\x45\xdf\xa3"
+_EBML_SEGMENT = b"\x18\x53\x80\x67"
+
+
+def _mp4_end(file: BinaryIO, size: int) -> int:
+    """Return where the last of the boxes that hold a film ends. Source: ISO/IEC 14496-12, 4.2."""
+    start = end = 0
+    while start < size:
+        file.seek(start)
+        header = file.read(16)
+        length = int.from_bytes(header[:4], "big")
+        if length == 1:
+            length = int.from_bytes(header[8:], "big")
+        if header[4:8] in (b"moov", b"moof", b"mdat"):
+            end = start + length
+        if length < 8:  # 0 is "up to the end of the file"; anything else is not a box
+            break
+        start += length
+    return end
+
+
+def _matroska_end(file: BinaryIO) -> int:
+    """Return where the segment ends, or 0 if it does not say. Source: RFC 8794, section 6.2."""
+    file.seek(4)
+    file.seek(_ebml_size(file) or 0, os.SEEK_CUR)
+    if file.read(4) != _EBML_SEGMENT:
+        return 0
+    size = _ebml_size(file)
+    return 0 if size is None else file.tell() + size
+
+
+def _ebml_size(file: BinaryIO) -> int | None:
+    """Read an EBML length: leading zero bits count its further bytes; all ones is unknown."""
+    first = int.from_bytes(file.read(1), "big")
+    width = 9 - first.bit_length()
+    if width > 8:
+        return None
+    mask = (1 << 7 * width) - 1
+    size = int.from_bytes(bytes([first]) + file.read(width - 1), "big") & mask
+    return None if size == mask else size
+
+
+# The packet scan and the plan
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What one pass over the packets tells, without decoding. P packets in file order.
+
+    Attributes:
+        pts: (P,) presentation times.
+        by_pts: (P,) packet numbers sorted by pts.
+        keys: ascending numbers of the key packets.
+        shown: packet number of each position; an edit list hides the other packets.
+        is_sound: whether each pts names one frame and the first packet starts the video.
+    """
+
+    pts: np.ndarray
+    by_pts: np.ndarray
+    keys: np.ndarray
+    shown: np.ndarray
+    is_sound: bool
+
+    def packet_at(self, pts: int | None) -> int:
+        """Return the number of the packet with this time."""
+        if pts is None:
+            raise _SurpriseError
+        rank = int(np.searchsorted(self.pts, pts, sorter=self.by_pts))
+        if rank == len(self.pts) or self.pts[self.by_pts[rank]] != pts:
+            raise _SurpriseError
+        return int(self.by_pts[rank])
+
+    def start_for(self, packet: int) -> int:
+        """Return the key packet from which this one can be decoded."""
+        key = int(np.searchsorted(self.keys, packet, side="right")) - 1
+        # A frame shown before its key frame (open GOP) also needs the GOP before.
+        while key > 0 and self.pts[packet] < self.pts[self.keys[key]]:
+            key -= 1
+        return int(self.keys[key])
+
+
+def _scan(video: _OpenVideo) -> _Index:
+    """Read all packets and keep one small record of each."""
+    times, is_key, is_shown = array("q"), bytearray(), bytearray()
+    is_sound = True
+    try:
+        for packet in video.packets():
+            is_sound = is_sound and packet.pts is not None and not packet.is_corrupt
+            times.append(packet.pts or 0)
+            is_key.append(packet.is_keyframe)
+            is_shown.append(not packet.is_discard)
+            video.source.check_length(len(times), 0.0)
+    except av.FFmpegError:  # counted by `_decode_all`, which meets it again
+        is_sound = False
+    pts = np.array(times, dtype=np.int64)
+    by_pts = np.argsort(pts, kind="stable")
+    shown = by_pts[np.array(is_shown, dtype=bool)[by_pts]]
+    is_sound = (
+        is_sound
+        and len(shown) > 0
+        and bool(is_key[0])
+        and bool(pts[shown[0]] >= pts[0])
+        and bool((np.diff(pts[by_pts]) > 0).all())
+    )
+    return _Index(pts, by_pts, np.flatnonzero(is_key), shown, is_sound)
+
+
+def _spans(index: _Index, packets: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the stretches [first, last] of packets to decode, without overlap."""
+    spans: list[tuple[int, int]] = []
+    for first, last in sorted((index.start_for(packet), packet) for packet in packets):
+        if spans and first <= spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], max(last, spans[-1][1]))
+        else:
+            spans.append((first, last))
+    return spans
+
+
+# The two ways of decoding
+
+
+def _decode_file(
+    source: _Source, choose: Callable[[int], Sequence[int]], is_cut_short: bool
+) -> DecodedVideo:
+    with _open(source, source.path) as container:
+        video = _best_video(source, container)
+        index = _scan(video)
+        num_frames = len(index.shown)
+        if num_frames == 0:
+            raise VideoError(source.path, "no-frames", "its video stream is empty")
+        if (
+            index.is_sound
+            and not is_cut_short
+            and container.format.name in _PLANNED_CONTAINERS
+            and video.codec() in _PLANNED_CODECS
+        ):
+            chosen = _ChosenFrames(source, choose(num_frames))
+            chosen.check(num_frames)
+            try:
+                _decode_planned(video, index, chosen)
+            except (_SurpriseError, av.FFmpegError):
+                pass  # `_decode_all` decides what this file holds
+            else:
+                return DecodedVideo(chosen.stack(), num_frames)
+    return _decode_all(source, choose, num_frames, is_cut_short)
+
+
+def _decode_planned(video: _OpenVideo, index: _Index, chosen: _ChosenFrames) -> None:
+    """Collect the chosen frames from the stretches of the file that they need.
+
+    Raises:
+        _SurpriseError: if anything is not as the index says.
+    """
+    positions = {int(index.shown[position]): position for position in chosen.wanted}
+    for first, last in _spans(index, positions):
+        video.container.seek(int(index.pts[first]), stream=video.stream)
+        for frame in _span_frames(video, index, (first, last), positions):
+            if frame.is_corrupt or frame.interlaced_frame:  # a field may be a packet
+                raise _SurpriseError
+            number = index.packet_at(frame.pts)
+            if number == first and not frame.key_frame:
+                raise _SurpriseError
+            chosen.offer(positions.get(number, -1), frame)
+    if len(chosen.frames) < len(chosen.wanted):
+        raise _SurpriseError
+
+
+def _span_frames(
+    video: _OpenVideo, index: _Index, span: tuple[int, int], wanted: Container[int]
+) -> Iterator[VideoFrame]:
+    """Yield what the decoder gives for a stretch of packets, the wanted frames among it."""
+    first, last = span
+    context = video.stream.codec_context
+    can_skip = video.can_skip()
+    number = None
+    for packet in video.packets():
+        # A seek may land on an earlier key packet, never on a later one.
+        number = index.packet_at(packet.pts) if number is None else number + 1
+        if number < first:
+            continue
+        if number > last or packet.pts != index.pts[number]:
+            raise _SurpriseError
+        context.skip_frame = "NONREF" if can_skip and number not in wanted else "DEFAULT"
+        yield from video.stream.decode(packet)
+        if number == last:
+            yield from video.stream.decode(None)
+            return
+
+
+def _decode_all(
+    source: _Source, choose: Callable[[int], Sequence[int]], expected: int, is_cut_short: bool
+) -> DecodedVideo:
+    """Decode every packet: the definition of which frame is where.
+
+    Args:
+        source: what to read.
+        choose: see `decode`.
+        expected: the number of frames to choose from, perhaps only a guess.
+        is_cut_short: whether the file is known to end early.
+    """
+    chosen = _ChosenFrames(source, choose(expected))
+    losses = _Losses(is_cut_short)
+    num_frames = 0
+    with _open(source, source.path) as container:
+        for frame in _all_frames(_best_video(source, container), losses):
+            chosen.offer(num_frames, frame)
+            num_frames += 1
+    if num_frames == 0:
+        raise VideoError(source.path, "no-frames", "not one frame could be decoded")
+    if num_frames != expected:
+        return _decode_all(source, choose, num_frames, is_cut_short)
+    chosen.check(num_frames)
+    return DecodedVideo(
+        chosen.stack(), num_frames, losses.skipped_packets, losses.corrupt_frames, losses.cut_short
+    )
+
+
+@dataclass
+class _Losses:
+    cut_short: bool
+    skipped_packets: int = 0
+    corrupt_frames: int = 0
+
+
+def _all_frames(video: _OpenVideo, losses: _Losses) -> Iterator[VideoFrame]:
+    """Yield every frame that can be decoded, counting what cannot."""
+    packets = video.packets()
+    while True:
+        try:
+            packet = next(packets, None)
+        except av.FFmpegError:
+            losses.cut_short = True
+            packet = None
+        try:
+            frames = video.stream.decode(packet)
+        except av.error.DecoderNotFoundError:
+            raise _no_decoder(video.source) from None
+        except av.FFmpegError:
+            losses.skipped_packets += 1
+            frames = []
+        for frame in frames:
+            losses.corrupt_frames += frame.is_corrupt
+            yield frame
+        if packet is None:
+            return
+
+
+def _decode_folder(source: _Source, choose: Callable[[int], Sequence[int]]) -> DecodedVideo:
+    """Decode the chosen images of a folder; each image is a frame."""
+    try:
+        names = sorted(name for name in os.listdir(source.path) if _is_a(name, IMAGE_EXTENSIONS))
+    except OSError as error:
+        raise _os_error(source.path, error) from None
+    if not names:
+        raise VideoError(
+            source.path, "no-frames", "the folder holds neither videos nor .jpg or .png frames"
+        )
+    source.check_length(len(names), 0.0)
+    chosen = _ChosenFrames(source, choose(len(names)))
+    chosen.check(len(names))
+    losses = _Losses(cut_short=False)
+    for position in sorted(chosen.wanted):
+        try:
+            chosen.offer(position, _image(source, names[position], losses))
+        except VideoError as error:
+            message = f"frame {names[position]}: {error.message}"
+            raise VideoError(source.path, error.reason, message) from None
+    return DecodedVideo(chosen.stack(), len(names), corrupt_frames=losses.corrupt_frames)
+
+
+def _image(source: _Source, name: str, losses: _Losses) -> VideoFrame:
+    path = os.path.join(source.path, name)
+    _check_file(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError as error:
+        raise _os_error(path, error) from None
+    image_format = next((f for s, f in _IMAGE_SIGNATURES.items() if head.startswith(s)), None)
+    if image_format is None:
+        raise VideoError(path, "not-an-image", "neither JPEG nor PNG; convert it")
+    with _open(source, path, image_format) as container:
+        frame = next(_all_frames(_best_video(source, container), losses), None)
+    if frame is None:
+        raise VideoError(path, "damaged", "it cannot be decoded; extract the frames again")
+    return frame
+
+
+def _is_a(name: str, extensions: frozenset[str]) -> bool:
+    return os.path.splitext(name)[1].lower() in extensions

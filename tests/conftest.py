@@ -1,0 +1,20 @@
+"""Small videos, rendered once per test run."""
+
+from pathlib import Path
+
+import pytest
+from video_files import write_video
+
+
+@pytest.fixture(scope="session")
+def h264_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 frames of 96 x 64 in H.264, a key frame every 12, two B-frames in a row."""
+    return write_video(tmp_path_factory.mktemp("videos") / "h264.mp4", 60)
+
+
+@pytest.fixture(scope="session")
+def webm_video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 frames of 96 x 64 in VP9, a key frame every 12."""
+    options = {"cpu-used": "8", "deadline": "realtime"}
+    path = tmp_path_factory.mktemp("videos") / "vp9.webm"
+    return write_video(path, 60, codec="libvpx-vp9", bframes=0, options=options)

@@ -1,0 +1,635 @@
+import contextlib
+import os
+import struct
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from av.codec import codecs_available
+from PIL import Image
+from video_files import (
+    ROTATIONS,
+    decode_plainly,
+    picture,
+    remux,
+    retime,
+    rotate,
+    write_cover_art,
+    write_sound,
+    write_two_sizes,
+    write_video,
+)
+
+from actionclip import video
+from actionclip.errors import InputError, VideoError
+from actionclip.video import Limits, decode, find_videos, read_frames
+
+OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0"}
+X265 = "log-level=none:pools=1:keyint=12:min-keyint=12"
+QUICK_VP = {"cpu-used": "8", "deadline": "realtime"}
+
+# name -> (file name, arguments of write_video, whether the plan holds for it)
+KINDS = {
+    "h264": ("a.mp4", {"num_frames": 60}, True),
+    "one long gop": ("a.mp4", {"num_frames": 60, "gop": 250}, True),
+    "open gop": ("a.mp4", {"num_frames": 60, "options": OPEN_GOP}, True),
+    "open gop mkv": ("a.mkv", {"num_frames": 60, "options": OPEN_GOP}, True),
+    "b-pyramid": ("a.mkv", {"bframes": 7, "options": {"x264-params": "b-adapt=0"}}, True),
+    "key frames only": ("a.mp4", {"gop": 1, "bframes": 0}, True),
+    "fragmented": (
+        "a.mp4",
+        {"num_frames": 60, "container_options": {"movflags": "frag_keyframe+empty_moov"}},
+        True,
+    ),
+    "variable rate": ("a.mp4", {"times": [i * i // 7 + i for i in range(30)]}, True),
+    "late start": ("a.mkv", {"times": list(range(50, 80))}, True),
+    "10 bit": ("a.mp4", {"pix_fmt": "yuv420p10le"}, True),
+    "odd size": ("a.mp4", {"pix_fmt": "yuv444p", "size": (97, 65)}, True),
+    "grey": ("a.mp4", {"pix_fmt": "gray"}, True),
+    "full range": ("a.mp4", {"pix_fmt": "yuvj420p"}, True),
+    "one frame": ("a.mp4", {"num_frames": 1}, True),
+    "three frames": ("a.mp4", {"num_frames": 3}, True),
+    "hevc": (
+        "a.mp4",
+        {"num_frames": 40, "codec": "libx265", "options": {"x265-params": X265}},
+        True,
+    ),
+    "hevc in temporal layers": (
+        "a.mp4",
+        {
+            "num_frames": 40,
+            "codec": "libx265",
+            "options": {"x265-params": X265 + ":temporal-layers=3:bframes=7:b-adapt=0"},
+        },
+        True,
+    ),
+    "vp9": ("a.webm", {"num_frames": 40, "codec": "libvpx-vp9", "options": QUICK_VP}, True),
+    "av1": ("a.mp4", {"codec": "libsvtav1", "options": {"preset": "12"}}, True),
+    "intra refresh": (
+        "a.mp4",
+        {"num_frames": 60, "options": {"x264-params": "intra-refresh=1:keyint=15"}},
+        None,
+    ),
+    "interlaced": ("a.mp4", {"options": {"x264-params": "interlaced=1"}}, False),
+    "vp8 with hidden frames": (
+        "a.webm",
+        {"num_frames": 40, "codec": "libvpx", "options": {"auto-alt-ref": "1"}},
+        False,
+    ),
+    "no pts": ("a.h264", {"container": "h264"}, False),
+    "h264 avi": ("a.avi", {}, False),
+    "h264 ts": ("a.ts", {}, False),
+    "h264 flv": ("a.flv", {}, False),
+    "mpeg4": ("a.mp4", {"codec": "mpeg4"}, False),
+    "mpeg4 avi": ("a.avi", {"codec": "mpeg4"}, False),
+    "mjpeg avi": ("a.avi", {"codec": "mjpeg", "pix_fmt": "yuvj420p", "bframes": 0}, False),
+    "mpeg2": ("a.mpg", {"codec": "mpeg2video"}, False),
+    "prores": ("a.mov", {"codec": "prores_ks", "pix_fmt": "yuv422p10le"}, False),
+    "alpha": ("a.mkv", {"codec": "ffv1", "pix_fmt": "yuva420p"}, False),
+    "palette": ("a.gif", {"codec": "gif", "pix_fmt": "rgb8"}, False),
+}
+
+
+@pytest.fixture
+def sequential(monkeypatch):
+    """Count the calls of the sequential decoder."""
+    calls = []
+    original = video._decode_all
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(video, "_decode_all", counted)
+    return calls
+
+
+def index_sets(n):
+    """Return all frames, single ones around the ends and key frames, and random sets."""
+    generator = np.random.default_rng(n)
+    singles = [i for i in (0, 1, 11, 12, 14, n - 1) if i < n]
+    drawn = [generator.integers(n, size=size).tolist() for size in (2, 3, 8)]
+    return [list(range(n)), *([i] for i in singles), *drawn]
+
+
+def assert_exact(path, expected):
+    for indices in index_sets(len(expected)):
+        frames = read_frames(path, indices)
+        assert frames.dtype == torch.uint8
+        np.testing.assert_array_equal(frames.numpy(), np.stack([expected[i] for i in indices]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chosen_frames_equal_decoding_everything(kind, tmp_path, sequential):
+    name, arguments, is_planned = KINDS[kind]
+    codec = arguments.get("codec", "libx264")
+    if codec not in codecs_available:
+        pytest.skip(f"this PyAV build cannot write {codec}")
+    path = write_video(tmp_path / name, **arguments)
+    expected = decode_plainly(path)
+    assert len(expected) == arguments.get("num_frames", 30)
+    assert_exact(path, expected)
+    if is_planned is not None:
+        assert bool(sequential) is not is_planned
+
+
+def test_only_a_part_is_decoded(h264_video, monkeypatch):
+    packets = []
+    original = video._OpenVideo.packets
+
+    def counted(self):
+        for packet in original(self):
+            packets.append(packet.pts)
+            yield packet
+
+    monkeypatch.setattr(video._OpenVideo, "packets", counted)
+    read_frames(h264_video, [50])
+    # The scan reads 60; the frame is in the GOP that starts at 48.
+    assert 60 < len(packets) <= 60 + 5
+
+
+def test_frames_that_no_other_needs_are_skipped(h264_video, monkeypatch):
+    decoded = []
+    original = video._span_frames
+
+    def counted(*arguments):
+        for frame in original(*arguments):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video, "_span_frames", counted)
+    read_frames(h264_video, [11])
+    assert 0 < len(decoded) < 12
+
+
+def test_spans_join_where_they_touch():
+    # Two GOPs of 4 packets, in file order I0 P3 B1 B2 | I6 B4 B5 P7: 4 and 5 also need I0.
+    pts = np.array([0, 3, 1, 2, 6, 4, 5, 7])
+    order = np.argsort(pts)
+    index = video._Index(pts, order, np.array([0, 4]), order, True)
+    assert video._spans(index, [2]) == [(0, 2)]
+    assert video._spans(index, [7]) == [(4, 7)]
+    assert video._spans(index, [1, 7]) == [(0, 1), (4, 7)]
+    assert video._spans(index, [3, 7]) == [(0, 7)]
+    assert video._spans(index, [7, 5]) == [(0, 7)]
+
+
+def test_temporal_layers_forbid_skipping_in_hevc(tmp_path):
+    for layers, can_skip in ((1, True), (3, False)):
+        options = {"x265-params": X265 + (":temporal-layers=3" if layers > 1 else "")}
+        path = write_video(tmp_path / f"{layers}.mp4", 5, codec="libx265", options=options)
+        source = video._Source(str(path), None, Limits(), float("inf"))
+        with video._open(source, str(path)) as container:
+            assert video._best_video(source, container).can_skip() is can_skip
+
+
+def test_frames_with_the_same_time_are_told_apart(tmp_path):
+    source = write_video(tmp_path / "source.mkv", 30, bframes=0)
+    path = retime(source, tmp_path / "a.mkv", [i // 2 for i in range(30)])
+    expected = decode_plainly(path)
+    assert len(expected) == 30
+    assert_exact(path, expected)
+
+
+def test_frames_come_in_the_order_asked_for(h264_video):
+    frames = read_frames(h264_video, [40, 3, 40, 0])
+    ordered = read_frames(h264_video, [0, 3, 40])
+    assert torch.equal(frames, ordered[[2, 1, 2, 0]])
+    assert frames.shape == (4, 3, 64, 96)
+
+
+def test_frames_look_like_what_was_written(h264_video):
+    for i in (0, 17, 59):
+        expected = picture(i, 96, 64).transpose(2, 0, 1).astype(int)
+        error = np.abs(read_frames(h264_video, [i])[0].numpy().astype(int) - expected)
+        other = np.abs(read_frames(h264_video, [(i + 5) % 60])[0].numpy().astype(int) - expected)
+        assert error.mean() < 12 < other.mean()
+
+
+def test_an_edit_list_hides_frames(h264_video, tmp_path, sequential):
+    path = remux(h264_video, tmp_path / "a.mp4")
+    data = bytearray(path.read_bytes())
+    # elst: version and flags, count, duration, media time; start 20 frames of 512 later.
+    at = data.index(b"elst") + 16
+    (start,) = struct.unpack_from(">i", data, at)
+    struct.pack_into(">i", data, at, start + 20 * 512)
+    path.write_bytes(data)
+    expected = decode_plainly(path)
+    assert len(expected) == 40
+    np.testing.assert_array_equal(expected[0], decode_plainly(h264_video)[20])
+    assert_exact(path, expected)
+    assert not sequential
+
+
+@pytest.fixture(scope="module")
+def open_gop_video(tmp_path_factory):
+    return write_video(tmp_path_factory.mktemp("open") / "a.mp4", 60, options=OPEN_GOP)
+
+
+@pytest.mark.parametrize("drop", [5, 9, 13])  # 9: a key frame that follows the frames before it
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_a_video_cut_out_of_another(drop, name, open_gop_video, tmp_path):
+    path = remux(open_gop_video, tmp_path / name, drop=drop)
+    assert_exact(path, decode_plainly(path))
+
+
+@pytest.mark.parametrize("name", ["a.h264", "a.ts", "a.mkv"])
+def test_a_change_of_size_rescales_to_the_first_chosen(name, tmp_path):
+    path = write_two_sizes(tmp_path / name, 12, [(96, 64), (64, 64)])
+    expected = decode_plainly(path)
+    assert [frame.shape[2] for frame in expected] == [96] * 12 + [64] * 12
+    frames = read_frames(path, [20, 3]).numpy()
+    assert frames.shape == (2, 3, 64, 96)
+    np.testing.assert_array_equal(frames[1], expected[3])
+    assert np.abs(frames[0].astype(int) - picture(8, 96, 64).transpose(2, 0, 1)).mean() < 40
+    np.testing.assert_array_equal(read_frames(path, [20])[0].numpy(), expected[20])
+
+
+@pytest.mark.parametrize("degrees", ROTATIONS)
+def test_rotation_is_applied(degrees, tmp_path):
+    path = rotate(write_video(tmp_path / "a.mp4", 5), degrees)
+    frame = read_frames(path, [2])[0]
+    upright = torch.from_numpy(picture(2, 96, 64)).permute(2, 0, 1)
+    expected = torch.rot90(upright, -degrees // 90, (1, 2))  # rot90 turns counter-clockwise
+    assert frame.shape == expected.shape
+    assert (frame.int() - expected.int()).abs().float().mean() < 12
+    np.testing.assert_array_equal(frame.numpy(), decode_plainly(path)[2])
+
+
+def test_the_transform_sees_each_chosen_frame_once(h264_video):
+    seen = []
+
+    def shrink(frame):
+        seen.append((frame.shape, frame.dtype))
+        return frame[:, ::2, ::2].float() / 255
+
+    frames = read_frames(h264_video, [40, 3, 40], transform=shrink)
+    assert seen == [((3, 64, 96), torch.uint8)] * 2
+    expected = read_frames(h264_video, [40, 3, 40])[:, :, ::2, ::2].float() / 255
+    assert torch.equal(frames, expected)
+
+
+def test_an_error_of_the_transform_is_not_hidden(h264_video):
+    def fail(frame):
+        raise OSError("disk of the transform")
+
+    with pytest.raises(OSError, match="disk of the transform"):
+        read_frames(h264_video, [0], transform=fail)
+
+
+def test_choose_is_told_the_number_of_frames(h264_video):
+    result = decode(h264_video, lambda n: [0, n - 1])
+    assert result.num_frames == 60
+    assert result.frames.shape == (2, 3, 64, 96)
+    assert not result.damaged
+    assert result.damage == ""
+
+
+@pytest.mark.parametrize("index", [60, -1])
+def test_an_index_out_of_range_is_named(h264_video, index):
+    message = rf"frame index {index} is out of range: .*h264.mp4 has 60 frames, 0 to 59"
+    with pytest.raises(InputError, match=message):
+        read_frames(h264_video, [0, index])
+
+
+def test_choosing_nothing_is_an_error(h264_video):
+    with pytest.raises(InputError, match="no frames were chosen"):
+        read_frames(h264_video, [])
+
+
+# Damage
+
+
+def cut(source: Path, target: Path, fraction: float) -> Path:
+    data = source.read_bytes()
+    target.write_bytes(data[: int(len(data) * fraction)])
+    return target
+
+
+@pytest.fixture(scope="module", params=["a.mp4", "a.webm", "a.mkv", "a.avi"])
+def whole_video(request, webm_video, tmp_path_factory):
+    path = tmp_path_factory.mktemp("whole") / request.param
+    if request.param == "a.webm":
+        return webm_video
+    if request.param == "a.mp4":
+        return write_video(path, 60, container_options={"movflags": "faststart"})
+    return write_video(path, 60, size=(160, 120))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.9])
+def test_a_cut_file_gives_what_is_left_and_says_so(fraction, whole_video, tmp_path):
+    path = cut(whole_video, tmp_path / whole_video.name, fraction)
+    result = decode(path, lambda n: [0, n - 1])
+    assert result.truncated
+    assert result.damaged
+    assert 10 < result.num_frames < 60
+    assert "the file is cut short" in result.damage
+    assert f"{result.num_frames} frames decoded" in result.damage
+    assert not decode(whole_video, lambda n: [0]).damaged
+    np.testing.assert_array_equal(result.frames[0].numpy(), decode_plainly(whole_video)[0])
+    with pytest.raises(VideoError, match="damaged: the file is cut short") as caught:
+        decode(path, lambda n: [0], strict=True)
+    assert caught.value.reason == "damaged"
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.9])
+def test_a_cut_transport_stream_is_only_shorter(fraction, tmp_path):
+    whole = write_video(tmp_path / "whole.ts", 60)
+    path = cut(whole, tmp_path / "a.ts", fraction)
+    assert 10 < decode(path, lambda n: [0, n - 1]).num_frames < 60
+
+
+def test_a_cut_file_without_its_index_is_an_error(h264_video, tmp_path):
+    path = cut(h264_video, tmp_path / "a.mp4", 0.9)
+    with pytest.raises(VideoError, match=r"damaged: the file is cut short .* download it again"):
+        read_frames(path, [0])
+
+
+@pytest.fixture
+def damaged_video(h264_video, tmp_path):
+    """60 packets, of which 20 to 22 in file order are overwritten."""
+    data = bytearray(h264_video.read_bytes())
+    with av.open(str(h264_video)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    for position, size in packets[20:23]:
+        data[position : position + size] = b"\xff" * size
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(data)
+    return path
+
+
+def test_bad_packets_are_skipped_and_counted(damaged_video):
+    result = decode(damaged_video, lambda n: [0, 22, n - 1])
+    assert result.skipped_packets == 3
+    assert result.num_frames == 57
+    assert result.damaged
+    assert result.damage == "3 packets could not be decoded; 57 frames decoded"
+    with pytest.raises(VideoError, match="damaged: 3 packets"):
+        read_frames(damaged_video, [22], strict=True)
+
+
+def test_concealed_damage_is_counted(h264_video, tmp_path):
+    data = bytearray(h264_video.read_bytes())
+    with av.open(str(h264_video)) as container:
+        position, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][24]
+    data[position + size // 2 : position + size] = bytes(size - size // 2)
+    path = tmp_path / "a.mp4"
+    path.write_bytes(data)
+    result = decode(path, lambda n: [0, 26])
+    assert result.corrupt_frames == 1
+    assert result.damage == "1 frames are corrupt; 60 frames decoded"
+
+
+def test_frames_away_from_the_damage_are_whole(damaged_video, h264_video):
+    frames = read_frames(damaged_video, [0, 50], strict=True)
+    assert torch.equal(frames, read_frames(h264_video, [0, 50]))
+
+
+def test_the_true_count_decides_what_is_out_of_range(damaged_video):
+    counts = []
+
+    def choose(n):
+        counts.append(n)
+        return [22, 58]
+
+    with pytest.raises(InputError, match=r"frame index 58 is out of range: .* has 57 frames"):
+        decode(damaged_video, choose)
+    assert counts[0] == 60
+    assert counts[-1] == 57
+
+
+@pytest.fixture(scope="module", params=["h264", "vp9", "open gop mkv", "mpeg4 avi"])
+def any_video(request, tmp_path_factory):
+    name, arguments, _ = KINDS[request.param]
+    return write_video(tmp_path_factory.mktemp("any") / name, **{**arguments, "num_frames": 20})
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_flipped_bits_never_escape_our_errors(any_video, seed, tmp_path):
+    data = bytearray(any_video.read_bytes())
+    generator = np.random.default_rng(seed)
+    for position in generator.integers(len(data), size=15):
+        data[position] ^= 1 << int(generator.integers(8))
+    path = tmp_path / any_video.name
+    path.write_bytes(data)
+    with contextlib.suppress(VideoError):
+        assert decode(path, lambda n: [0, n // 2, n - 1]).frames.shape[0] == 3
+
+
+# Files that are no video
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(VideoError, match=r"nope.mp4: missing: no such file") as caught:
+        read_frames(tmp_path / "nope.mp4", [0])
+    assert caught.value.path == str(tmp_path / "nope.mp4")
+
+
+@pytest.mark.parametrize("name", ["http://localhost:9/a.mp4", "concat:a.ts", "a\0b.mp4"])
+def test_a_name_is_never_a_url(name):
+    with pytest.raises(VideoError, match="missing"):
+        read_frames(name, [0])
+
+
+def test_a_fifo_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match="not-a-file"):
+        read_frames(tmp_path / "a.mp4", [0])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(h264_video, tmp_path):
+    path = remux(h264_video, tmp_path / "a.mp4")
+    path.chmod(0)
+    with pytest.raises(VideoError, match="permission"):
+        read_frames(path, [0])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello world\n" * 100, "not-a-video"),
+        (b"<html><body>404</body></html>" * 50, "not-a-video"),
+        (np.random.default_rng(0).bytes(5000), "not-a-video"),
+    ],
+    ids=["empty", "text", "html", "noise"],
+)
+def test_files_that_hold_something_else(content, reason, tmp_path):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(content)
+    with pytest.raises(VideoError) as caught:
+        read_frames(path, [0])
+    assert caught.value.reason == reason
+    assert "\n" not in str(caught.value)
+
+
+def test_a_jpeg_is_no_video(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.jpg")
+    path = (tmp_path / "a.jpg").rename(tmp_path / "a.mp4")
+    with pytest.raises(VideoError, match="not-a-video"):
+        read_frames(path, [0])
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.mp4", "list.ts"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\n{}\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile {}\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n",
+    ],
+    ids=["hls", "ffconcat", "sdp"],
+)
+def test_a_script_cannot_name_another_file(script, name, tmp_path):
+    other = write_video(tmp_path / "other.ts", 5)
+    os.utime(other, (0, 0))
+    path = tmp_path / name
+    path.write_text(script.format(other.name))
+    with pytest.raises(VideoError, match="not-a-video"):
+        read_frames(path, [0])
+    # Without the list of containers the first two do open the other file.
+    assert other.stat().st_atime == 0
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    with pytest.raises(VideoError, match="no-video-stream"):
+        read_frames(write_sound(tmp_path / "a.mp4"), [0])
+
+
+def test_cover_art_is_not_the_video(tmp_path):
+    path = write_cover_art(tmp_path / "a.mp4", num_frames=10)
+    assert decode(path, lambda n: [0]).num_frames == 10
+    assert read_frames(path, [9]).shape == (1, 3, 64, 96)
+
+
+def test_an_unknown_codec(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 5)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
+    with pytest.raises(VideoError, match="unsupported-codec"):
+        read_frames(path, [0])
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.mp4", "-a.mp4", "a:b.mp4", "100%03d.mp4", "file:a.mp4", "\u00e9.mp4", b"\xff.mp4"]
+)
+def test_odd_names(name, h264_video, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    try:
+        Path(os.fsdecode(name)).write_bytes(h264_video.read_bytes())
+    except OSError:
+        pytest.skip("this file system refuses the name")
+    assert read_frames(os.fsdecode(name), [0]).shape == (1, 3, 64, 96)
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason", "remedy"),
+    [
+        (Limits(max_pixels=96 * 64 - 1), "too-large", "96 x 64 .* raise max_pixels"),
+        (Limits(max_aspect=1.4), "too-large", "96 x 64 .* raise max_aspect"),
+        (Limits(max_frames=59), "too-long", "over 59 frames; raise max_frames"),
+        (Limits(max_hours=0.0001), "too-long", "raise max_hours"),
+        (Limits(max_seconds=0.0), "timeout", "over 0 seconds; raise max_seconds"),
+    ],
+)
+def test_limits(limits, reason, remedy, h264_video):
+    with pytest.raises(VideoError, match=remedy) as caught:
+        read_frames(h264_video, [0], limits=limits)
+    assert caught.value.reason == reason
+
+
+def test_a_header_may_lie_about_the_number_of_frames(webm_video):
+    with pytest.raises(VideoError, match="too-long"):  # Matroska claims no number at all
+        read_frames(webm_video, [0], limits=Limits(max_frames=59))
+
+
+def test_a_frame_may_be_larger_than_the_header_says(tmp_path):
+    path = write_two_sizes(tmp_path / "a.h264", 5, [(64, 64), (96, 64)])
+    with pytest.raises(VideoError, match="too-large: a frame of 96 x 64"):
+        read_frames(path, [0], limits=Limits(max_pixels=64 * 64))
+
+
+# Folders
+
+
+@pytest.fixture
+def frame_folder(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(picture(i, 48, 32)).save(folder / f"img_{i + 1:05d}.png")
+    (folder / "notes.txt").write_text("not a frame")
+    return folder
+
+
+def test_a_folder_of_images_is_a_video(frame_folder):
+    result = decode(frame_folder, lambda n: [3, 0, 3])
+    assert result.num_frames == 4
+    expected = np.stack([picture(i, 48, 32).transpose(2, 0, 1) for i in (3, 0, 3)])
+    np.testing.assert_array_equal(result.frames.numpy(), expected)
+
+
+def test_jpeg_frames_are_close_to_pillow(tmp_path):
+    Image.fromarray(picture(0, 48, 32)).save(tmp_path / "img_%05d.JPG", "JPEG", quality=95)
+    expected = np.asarray(Image.open(tmp_path / "img_%05d.JPG").convert("RGB")).astype(int)
+    frame = read_frames(tmp_path, [0])[0].permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(frame - expected).mean() < 4
+
+
+def test_folder_errors_name_the_image(frame_folder):
+    with pytest.raises(InputError, match=r"frame index 4 is out of range: .*frames has 4 frames"):
+        read_frames(frame_folder, [4])
+    with pytest.raises(VideoError, match=r"frames: too-large: frame img_00001.png: .*48 x 32"):
+        read_frames(frame_folder, [0], limits=Limits(max_pixels=1000))
+    (frame_folder / "img_00002.png").write_bytes(b"#EXTM3U")
+    with pytest.raises(VideoError, match=r"not-an-image: frame img_00002.png"):
+        read_frames(frame_folder, [1])
+    (frame_folder / "img_00003.png").write_bytes(b"")
+    with pytest.raises(VideoError, match=r"empty: frame img_00003.png"):
+        read_frames(frame_folder, [2])
+    assert read_frames(frame_folder, [0, 3]).shape == (2, 3, 32, 48)
+
+
+def test_a_folder_without_images(tmp_path):
+    with pytest.raises(VideoError, match="no-frames: a folder without"):
+        read_frames(tmp_path, [0])
+
+
+def test_find_videos_is_recursive_and_sorted(tmp_path):
+    for name in ("b/2.MKV", "b/1.mp4", "a.webm", "c/d/e.avi", "b/notes.txt", "mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [os.path.relpath(path, tmp_path) for path in find_videos(tmp_path)]
+    assert found == ["a.webm", "b/1.mp4", "b/2.MKV", "c/d/e.avi"]
+
+
+def test_find_videos_needs_a_folder(tmp_path):
+    with pytest.raises(VideoError, match="nope: missing"):
+        find_videos(tmp_path / "nope")
+
+
+def test_nothing_is_printed(h264_video, tmp_path, capfd):
+    path = cut(h264_video, tmp_path / "a.mp4", 0.9)
+    with pytest.raises(VideoError):
+        read_frames(path, [0])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_memory_does_not_hold_the_video(h264_video, monkeypatch):
+    alive = []
+    original = video._ChosenFrames.offer
+
+    def watched(self, position, frame):
+        original(self, position, frame)
+        alive.append(len(self.frames))
+
+    monkeypatch.setattr(video._ChosenFrames, "offer", watched)
+    monkeypatch.setattr(video, "_PLANNED_CODECS", frozenset())
+    read_frames(h264_video, [5, 50])
+    assert len(alive) == 60
+    assert max(alive) == 2
