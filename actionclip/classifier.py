@@ -1,0 +1,341 @@
+"""VideoClassifier: class names once, then videos to predictions.
+
+Joins the whole flow: chosen frames are decoded and cropped, in worker threads,
+while the model encodes the videos before them; the text embeddings are computed
+once and kept. Memory holds a few videos' frames, however many there are.
+"""
+
+import os
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from actionclip.errors import InputError, VideoError
+from actionclip.models.actionclip import ActionCLIP
+from actionclip.prompts import TEMPLATES, check_class_names, fill_templates, readable
+from actionclip.sampling import view_indices
+from actionclip.similarity import EVALUATION_SCALE, fuse_templates, fuse_views
+from actionclip.tokenizer import tokenize
+from actionclip.transforms import Preprocessing, normalize, views
+from actionclip.video import DecodedVideo, Limits, decode
+
+VideoPath = str | os.PathLike[str]
+
+# Tokens of one text batch: enough to fill the matrix units, small enough to stay in cache.
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How well each label fits.
+
+    Attributes:
+        labels: the K labels, in the order given.
+        scores: (K,) for one video, (B, K) for a list; float32 probabilities that sum to 1.
+    """
+
+    labels: tuple[str, ...]
+    scores: Tensor
+
+    def top(self, k: int = 5) -> list[tuple[str, float]] | list[list[tuple[str, float]]]:
+        """Return the `k` best labels with their scores, best first; for a list, one list each."""
+        if self.scores.ndim == 1:
+            return top_labels(self.labels, self.scores, k)
+        return [top_labels(self.labels, scores, k) for scores in self.scores]
+
+
+def top_labels(labels: Sequence[str], scores: Tensor, k: int) -> list[tuple[str, float]]:
+    """Pair the `k` highest of scores (K,) with their labels, best first."""
+    best = scores.topk(min(k, len(labels)))
+    return [(labels[i], score) for i, score in zip(best.indices, best.values.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class VideoResult:
+    """What became of one video of a stream.
+
+    Attributes:
+        path: the video as it was named.
+        status: "damaged" has scores, from the frames that could be decoded.
+        reason: one word for programs, unless `status` is "ok".
+        message: one sentence for people, unless `status` is "ok".
+        num_frames: frames in the video, if it could be decoded.
+        prediction: None if `status` is "error".
+    """
+
+    path: str
+    status: Literal["ok", "damaged", "error"]
+    reason: str | None = None
+    message: str | None = None
+    num_frames: int | None = None
+    prediction: Prediction | None = None
+
+
+class VideoClassifier:
+    """Recognise actions among given labels.
+
+    Args:
+        model: any model of this package; it is put into eval mode.
+        labels: K distinct class names.
+        templates: a name in `prompts.TEMPLATES`, or templates with one `{}` each.
+        num_clips: temporal views of a video.
+        num_crops: spatial views of each temporal one, 1 (centre) or 3 (along the long side).
+        raw_labels: fill labels into the templates as they are. By default names such as
+            "ApplyEyeMakeup" or "brush_hair" are split into words, which CLIP understands;
+            results always show the label as given.
+        scale: multiplier of the cosines before the softmax over labels; None is the
+            model's exp(logit_scale). The default is that of the official evaluation.
+        batch_size: views that the model encodes at a time.
+        workers: threads that decode videos ahead of the model; 0 decodes in turn.
+        limits: what a video file may cost; None is the default `Limits()`.
+        strict: whether a damaged video is an error instead of being scored by what is left.
+
+    Raises:
+        InputError: if the labels are empty, blank, double or too long, a template has
+            no `{}`, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: ActionCLIP,
+        labels: Sequence[str],
+        *,
+        templates: str | Sequence[str] = "actionclip",
+        num_clips: int = 1,
+        num_crops: int = 1,
+        raw_labels: bool = False,
+        scale: float | None = EVALUATION_SCALE,
+        batch_size: int = 8,
+        workers: int = 2,
+        limits: Limits | None = None,
+        strict: bool = False,
+    ) -> None:
+        for name, value, least in (
+            ("num_clips", num_clips, 1),
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+        ):
+            if value < least:
+                raise InputError(f"{name} is {value}, it must be at least {least}")
+        if num_crops not in (1, 3):
+            raise InputError(f"num_crops is {num_crops}; use 1 or 3")
+        if isinstance(templates, str):
+            if templates not in TEMPLATES:
+                raise InputError(
+                    f"templates={templates!r} is unknown; choose from {', '.join(TEMPLATES)} "
+                    "or pass a list of templates"
+                )
+            templates = TEMPLATES[templates]
+        self.model = model.eval()
+        self.labels = tuple(check_class_names(labels))
+        self.num_clips = num_clips
+        self.num_crops = num_crops
+        self.scale = scale
+        self.batch_size = batch_size
+        self.workers = workers
+        self.limits = limits or Limits()
+        self.strict = strict
+        resolution = model.input_resolution
+        self.preprocessing = Preprocessing(
+            resolution,
+            resize=resolution * 256 // 224,
+            mean=model.pixel_mean,
+            std=model.pixel_std,
+        )
+        names = self.labels if raw_labels else [readable(label) for label in self.labels]
+        prompts = fill_templates(templates, names)
+        self.text_embeddings = encode_prompts(model, prompts).unflatten(0, (len(templates), -1))
+        if model.untrained:
+            more = f" and {len(model.untrained) - 1} more" if len(model.untrained) > 1 else ""
+            warnings.warn(
+                f"the model holds untrained weights ({model.untrained[0]}{more}), so its "
+                "predictions mean little; train it first or load a checkpoint with "
+                f"temporal={model.config.temporal!r}",
+                stacklevel=2,
+            )
+
+    def __call__(self, videos: VideoPath | Tensor | Sequence[VideoPath | Tensor]) -> Prediction:
+        """Classify one video or a list of videos.
+
+        Args:
+            videos: a path, or frames (T, 3, H, W) uint8 of any size and number, or a list
+                of either.
+
+        Returns:
+            Scores (K,) for one video, (B, K) for a list.
+
+        Raises:
+            VideoError: if a video cannot be used. Damage that leaves frames to score is a
+                warning, unless `strict`.
+            InputError: if frames are not of that shape and type, or the list is empty.
+        """
+        if isinstance(videos, str | os.PathLike | Tensor):
+            return Prediction(self.labels, self([videos]).scores[0])
+        if len(videos) == 0:
+            raise InputError("the list of videos is empty")
+        scores = []
+        for outcome in self._classify(videos):
+            if isinstance(outcome.error, VideoError):
+                raise outcome.error
+            if outcome.damage:
+                warnings.warn(f"{outcome.name}: damaged: {outcome.damage}", stacklevel=2)
+            assert outcome.scores is not None
+            scores.append(outcome.scores)
+        return Prediction(self.labels, torch.stack(scores))
+
+    def stream(self, paths: Iterable[VideoPath]) -> Iterator[VideoResult]:
+        """Classify videos one after another, in order, without stopping at a bad one.
+
+        Args:
+            paths: any number of them; taken as they are needed.
+
+        Yields:
+            One result for each path.
+        """
+        for outcome in self._classify(paths):
+            if outcome.error is not None:
+                reason, message = outcome.error.reason, outcome.error.message
+                yield VideoResult(outcome.name, "error", reason, message)
+                continue
+            assert outcome.scores is not None
+            yield VideoResult(
+                outcome.name,
+                "damaged" if outcome.damage else "ok",
+                "damaged" if outcome.damage else None,
+                outcome.damage or None,
+                outcome.num_frames,
+                Prediction(self.labels, outcome.scores),
+            )
+
+    def _classify(self, videos: Iterable[VideoPath | Tensor]) -> Iterator["_Outcome"]:
+        """Decode ahead, gather views into batches, score, and keep the order."""
+        pending: list[_Outcome] = []
+        for outcome in self._prepare_ahead(videos):
+            pending.append(outcome)
+            ready = sum(len(o.views) for o in pending if o.views is not None)
+            if ready == 0 or ready >= self.batch_size:
+                yield from self._score(pending)
+                pending = []
+        yield from self._score(pending)
+
+    def _prepare_ahead(self, videos: Iterable[VideoPath | Tensor]) -> Iterator["_Outcome"]:
+        if self.workers == 0:
+            yield from map(self._prepare, videos)
+            return
+        source = iter(videos)
+        executor = ThreadPoolExecutor(self.workers, thread_name_prefix="actionclip-decode")
+        waiting: deque[Future[_Outcome]] = deque()
+        try:
+            # Two videos a worker: one in hand, one done, so that none waits for the model.
+            while True:
+                room = 2 * self.workers - len(waiting)
+                waiting.extend(executor.submit(self._prepare, v) for v in islice(source, room))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            executor.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, video: VideoPath | Tensor) -> "_Outcome":
+        """Cut the views (V, T, 3, R, R) of one video, or note why it cannot be used."""
+        cut = partial(views, preprocessing=self.preprocessing, num_crops=self.num_crops)
+        if isinstance(video, Tensor):
+            indices = self._choose(len(video))
+            frames = torch.stack([cut(video[i]) for i in indices])
+            return _Outcome("frames", views=self._arrange(frames), num_frames=len(video))
+        name = os.fspath(video)
+        try:
+            decoded: DecodedVideo = decode(
+                name, self._choose, transform=cut, limits=self.limits, strict=self.strict
+            )
+        except VideoError as error:
+            return _Outcome(name, error=error)
+        return _Outcome(
+            name,
+            views=self._arrange(decoded.frames),
+            num_frames=decoded.num_frames,
+            damage=decoded.damage,
+        )
+
+    def _choose(self, num_frames: int) -> list[int]:
+        if num_frames == 0:
+            raise InputError("the video has no frames")
+        clips = view_indices(num_frames, self.model.num_frames, self.num_clips)
+        return [index for clip in clips for index in clip]
+
+    def _arrange(self, frames: Tensor) -> Tensor:
+        """Turn cropped frames (clips * T, crops, 3, R, R) into views (clips * crops, T, ...)."""
+        return frames.unflatten(0, (self.num_clips, -1)).transpose(1, 2).flatten(0, 1)
+
+    @torch.inference_mode()
+    def _score(self, outcomes: "list[_Outcome]") -> "list[_Outcome]":
+        """Fill in the scores of the outcomes that have views."""
+        usable = [outcome for outcome in outcomes if outcome.views is not None]
+        if not usable:
+            return outcomes
+        pixels = torch.cat([outcome.views for outcome in usable if outcome.views is not None])
+        embeddings = torch.cat([self._encode(part) for part in pixels.split(self.batch_size)])
+        texts = self.text_embeddings
+        logits = self.model.logits(embeddings, texts.flatten(0, 1), self.scale)
+        probs = fuse_templates(logits.unflatten(1, texts.shape[:2]))
+        scores = fuse_views(probs.unflatten(0, (len(usable), -1))).float().cpu()
+        for outcome, row in zip(usable, scores, strict=True):
+            outcome.scores, outcome.views = row, None
+        return outcomes
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Encode views (N, T, 3, R, R) uint8 into (N, D)."""
+        mean, std = self.preprocessing.mean, self.preprocessing.std
+        return self.model.encode_video(normalize(pixels.to(self.model.device), mean, std))
+
+
+@dataclass
+class _Outcome:
+    """One video on its way through the classifier."""
+
+    name: str
+    views: Tensor | None = None
+    num_frames: int | None = None
+    damage: str = ""
+    error: VideoError | None = None
+    scores: Tensor | None = None
+
+
+@torch.inference_mode()
+def encode_prompts(model: ActionCLIP, prompts: Sequence[str]) -> Tensor:
+    """Encode prompts, each distinct one once, in batches of similar length.
+
+    Args:
+        model: its text encoder is used.
+        prompts: P sentences.
+
+    Returns:
+        (P, D) on the model's device, not L2-normalised, in the order given.
+
+    Raises:
+        InputError: if a prompt has more tokens than the model takes; it is named.
+    """
+    distinct = list(dict.fromkeys(prompts))
+    tokens = tokenize(distinct, context_length=model.config.clip.context_length)
+    lengths = tokens.argmax(dim=1) + 1
+    order = lengths.argsort(stable=True)
+    encoded: list[Tensor] = []
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and int(lengths[order[stop]]) * (stop + 1 - start) <= (
+            TOKENS_PER_BATCH
+        ):
+            stop += 1
+        encoded.append(model.encode_text(tokens[order[start:stop]].to(model.device)))
+        start = stop
+    rows = {distinct[i]: row for i, row in zip(order, torch.cat(encoded), strict=True)}
+    return torch.stack([rows[prompt] for prompt in prompts])
