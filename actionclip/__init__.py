@@ -1,0 +1,40 @@
+"""Recognise human actions in video by matching the video against sentences."""
+
+from actionclip import sampling, tokenizer, video
+from actionclip.classifier import Prediction, VideoClassifier, VideoResult
+from actionclip.errors import (
+    ActionClipError,
+    DownloadError,
+    InputError,
+    MissingExtraError,
+    VideoError,
+    WeightsError,
+)
+from actionclip.models import CLIP, ActionCLIP, ActionCLIPConfig, CLIPConfig
+from actionclip.tokenizer import tokenize
+from actionclip.weights import available_models, load, save
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CLIP",
+    "ActionCLIP",
+    "ActionCLIPConfig",
+    "ActionClipError",
+    "CLIPConfig",
+    "DownloadError",
+    "InputError",
+    "MissingExtraError",
+    "Prediction",
+    "VideoClassifier",
+    "VideoError",
+    "VideoResult",
+    "WeightsError",
+    "available_models",
+    "load",
+    "sampling",
+    "save",
+    "tokenize",
+    "tokenizer",
+    "video",
+]

@@ -1,0 +1,1 @@
+"""The commands: arguments in, library calls, exit code out. Only they print."""

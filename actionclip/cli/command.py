@@ -1,0 +1,155 @@
+"""What every command does around its work: exit codes, one-line errors, warnings.
+
+Standard output carries results only. Errors that a user can cause are one line on
+standard error that names the thing, its value and the remedy; `--debug` adds the
+traceback.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
+from types import FrameType
+from typing import NoReturn, TextIO
+
+from actionclip import __version__
+from actionclip.errors import ActionClipError
+
+
+class ExitCode(IntEnum):
+    """The exit codes of every command."""
+
+    DONE = 0
+    BUG = 1
+    WRONG_INPUT = 2
+    SOME_FAILED = 3
+    TOO_MANY_BAD = 4
+    CANNOT_WRITE = 5
+    STALLED = 6
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class OutputError(Exception):
+    """The results cannot be written."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints fit on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ExitCode.WRONG_INPUT, f"{self.prog}: {one_line(message)}; see {self.prog} -h\n")
+
+
+def build_parser(prog: str, description: str) -> OneLineParser:
+    """Return a parser with the options that every command has."""
+    parser = OneLineParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"actionclip {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run(
+    parser: OneLineParser,
+    work: Callable[[argparse.Namespace], ExitCode],
+    argv: Sequence[str] | None,
+) -> int:
+    """Parse the arguments, do the work, and turn whatever happens into an exit code."""
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as exit_:  # --help, --version, or a wrong argument
+        return int(exit_.code or 0)
+    with _plain_warnings(parser.prog), _termination_as_exception():
+        try:
+            return work(args)
+        except ActionClipError as error:
+            return _fail(parser, args, ExitCode.WRONG_INPUT, str(error))
+        except OutputError as error:
+            return _fail(parser, args, ExitCode.CANNOT_WRITE, str(error))
+        except BrokenPipeError:
+            # The reader has left; what Python would still flush at exit has nowhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return ExitCode.CANNOT_WRITE
+        except KeyboardInterrupt:
+            return _fail(parser, args, ExitCode.INTERRUPTED, "interrupted")
+        except _TerminatedError:
+            return _fail(parser, args, ExitCode.TERMINATED, "terminated")
+        except Exception as error:
+            text = f"internal error, please report it: {type(error).__name__}: {error}"
+            return _fail(parser, args, ExitCode.BUG, f"{text} (--debug shows where)")
+
+
+def say(prog: str, text: str) -> None:
+    """Write one line to standard error."""
+    print(f"{prog}: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """Escape control characters and undecodable bytes, so that text cannot steer a terminal."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in text
+    )
+
+
+def _fail(
+    parser: OneLineParser, args: argparse.Namespace, code: ExitCode, message: str
+) -> ExitCode:
+    if args.debug:
+        traceback.print_exc()
+    say(parser.prog, message)
+    return code
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM arrived."""
+
+
+@contextlib.contextmanager
+def _termination_as_exception() -> Iterator[None]:
+    """Let SIGTERM unwind the stack like Ctrl-C does, so that files are closed."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise _TerminatedError
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the caller's handlers stay
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _plain_warnings(prog: str) -> Iterator[None]:
+    """Print warnings as one line each, ours always and others' never.
+
+    PyTorch and PyAV warn about deprecations that the user of a command cannot act on.
+    """
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        say(prog, f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module=r"actionclip\b")
+        warnings.filterwarnings("always", category=UserWarning, module=r"__main__")
+        warnings.showwarning = show
+        yield

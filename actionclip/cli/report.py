@@ -1,0 +1,149 @@
+"""Write results one by one, as a table for people or as rows for programs."""
+
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from typing import IO, Any
+
+from actionclip.classifier import VideoResult, top_labels
+from actionclip.cli.command import OutputError, one_line
+
+BAR_WIDTH = 20
+# A full block and its left parts, an eighth at a time.
+BLOCKS = "█▏▎▍▌▋▊▉"
+
+
+@contextlib.contextmanager
+def open_output(path: str | None) -> Iterator[IO[str]]:
+    """Open the file for the results, or take standard output.
+
+    Raises:
+        OutputError: if it cannot be opened, or written while it is open.
+    """
+    try:
+        if path is None:
+            # A name that is not UTF-8, or a terminal that is not, must not end the run.
+            if hasattr(sys.stdout, "reconfigure"):
+                sys.stdout.reconfigure(errors="backslashreplace")
+            yield sys.stdout
+            sys.stdout.flush()
+        else:
+            with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                yield file
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        name = path or "standard output"
+        raise OutputError(
+            f"cannot write the results to {name}: {error.strerror or error}"
+        ) from error
+
+
+def row(result: VideoResult, top_k: int) -> dict[str, Any]:
+    """Return the result as the JSON object that the documentation describes."""
+    predictions = []
+    if result.prediction is not None:
+        best = top_labels(result.prediction.labels, result.prediction.scores, top_k)
+        predictions = [{"label": label, "score": round(score, 6)} for label, score in best]
+    return {
+        "path": result.path,
+        "status": result.status,
+        "reason": result.reason,
+        "message": result.message,
+        "frames": result.num_frames,
+        "predictions": predictions,
+    }
+
+
+class JsonLinesWriter:
+    """One JSON object a line, complete as soon as it is written."""
+
+    def __init__(self, file: IO[str], top_k: int) -> None:
+        self.file = file
+        self.top_k = top_k
+
+    def write(self, result: VideoResult) -> None:
+        self.file.write(json.dumps(row(result, self.top_k)) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Nothing is left open."""
+
+
+class JsonWriter(JsonLinesWriter):
+    """One JSON array of the same objects."""
+
+    def __init__(self, file: IO[str], top_k: int) -> None:
+        super().__init__(file, top_k)
+        self.separator = "[\n"
+
+    def write(self, result: VideoResult) -> None:
+        self.file.write(self.separator + json.dumps(row(result, self.top_k)))
+        self.separator = ",\n"
+
+    def close(self) -> None:
+        self.file.write("\n]\n" if self.separator == ",\n" else "[]\n")
+
+
+class CsvWriter(JsonLinesWriter):
+    """One line a prediction, best first, and one for each video without any."""
+
+    COLUMNS = ("path", "status", "reason", "message", "frames", "rank", "label", "score")
+
+    def __init__(self, file: IO[str], top_k: int) -> None:
+        super().__init__(file, top_k)
+        self.csv = csv.DictWriter(file, self.COLUMNS, lineterminator="\n")
+        self.csv.writeheader()
+
+    def write(self, result: VideoResult) -> None:
+        values = row(result, self.top_k)
+        for rank, prediction in enumerate(values.pop("predictions") or [{}], start=1):
+            self.csv.writerow({**values, "rank": rank if prediction else None, **prediction})
+        self.file.flush()
+
+
+class TableWriter(JsonLinesWriter):
+    """The path, then a score, a label and a bar a line."""
+
+    def __init__(self, file: IO[str], top_k: int) -> None:
+        super().__init__(file, top_k)
+        self.blocks = BLOCKS if _can_encode(file, BLOCKS) else "#"
+
+    def write(self, result: VideoResult) -> None:
+        lines = [one_line(result.path)]
+        if result.status != "ok":
+            lines.append(
+                f"  {result.status}" + (f": {result.reason}" if not result.prediction else "")
+            )
+        predictions = row(result, self.top_k)["predictions"]
+        labels = [one_line(prediction["label"]) for prediction in predictions]
+        width = max(map(len, labels), default=0)
+        for label, prediction in zip(labels, predictions, strict=True):
+            score = prediction["score"]
+            lines.append(f"  {score:.2f}  {label:{width}}  {self.bar(score)}".rstrip())
+        self.file.write("\n".join(lines) + "\n")
+        self.file.flush()
+
+    def bar(self, score: float) -> str:
+        """Draw a score in [0, 1] in steps of an eighth of a character."""
+        steps = len(self.blocks)
+        full, part = divmod(round(score * BAR_WIDTH * steps), steps)
+        return self.blocks[0] * full + (self.blocks[part] if part else "")
+
+
+def _can_encode(file: IO[str], text: str) -> bool:
+    try:
+        text.encode(getattr(file, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+WRITERS = {
+    "table": TableWriter,
+    "json": JsonWriter,
+    "jsonl": JsonLinesWriter,
+    "csv": CsvWriter,
+}

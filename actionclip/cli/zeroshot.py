@@ -1,0 +1,206 @@
+"""`actionclip-zeroshot`: recognise actions in video files among given labels."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from tqdm import tqdm
+
+from actionclip.classifier import VideoClassifier, VideoResult
+from actionclip.cli import command
+from actionclip.cli.command import ExitCode
+from actionclip.cli.report import WRITERS, open_output
+from actionclip.errors import InputError
+from actionclip.labels import read_labels, read_templates
+from actionclip.models.actionclip import TEMPORAL
+from actionclip.precision import PRECISIONS, automatic_dtype
+from actionclip.video import find_videos
+from actionclip.weights import load
+
+PROG = "actionclip-zeroshot"
+
+EPILOG = """\
+exit codes:
+  0 every video has scores    2 the command or its input was wrong
+  3 some videos failed        5 the output cannot be written
+  1 an error of this program  130, 143 interrupted, terminated
+
+examples:
+  %(prog)s juggling.mp4 --labels "juggling balls" archery bowling
+  %(prog)s clips/ --labels labels.txt --model ViT-B/16 --format jsonl > scores.jsonl
+  find . -name '*.mp4' | %(prog)s - --labels labels.csv --top-k 1 --format csv
+"""
+
+
+def build_parser() -> command.OneLineParser:
+    """Describe the command's arguments."""
+    parser = command.build_parser(
+        PROG,
+        "Recognise actions in videos by matching them against sentences made from labels.",
+    )
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "videos",
+        nargs="+",
+        metavar="VIDEO",
+        help="video file, folder of videos or of frames, or - for a list on standard input",
+    )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        required=True,
+        metavar="L",
+        help="labels, or one file: .txt with a label a line, or .csv with columns id,name",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default="ViT-B/16",
+        metavar="NAME_OR_PATH",
+        help="published name, or a weight file or folder (default: %(default)s)",
+    )
+    model.add_argument(
+        "--temporal",
+        metavar="PROMPT",
+        help=f"visual prompt, if the weights leave it open: {', '.join(TEMPORAL)}",
+    )
+    model.add_argument(
+        "--activation",
+        choices=("quick_gelu", "gelu"),
+        help="activation, if the weights do not tell (gelu for most open_clip models)",
+    )
+    model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    model.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="auto is bf16 where the hardware multiplies it natively, else fp32",
+    )
+    views = parser.add_argument_group("frames and views")
+    views.add_argument("--frames", type=int, metavar="T", help="frames taken from each view")
+    views.add_argument("--clips", type=int, default=1, metavar="V", help="temporal views (1)")
+    views.add_argument(
+        "--crops", type=int, default=1, choices=(1, 3), help="spatial views of each (1)"
+    )
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--templates",
+        default="actionclip",
+        metavar="NAME_OR_FILE",
+        help="actionclip (16 sentences), none (the label alone), or a file with a template a line",
+    )
+    text.add_argument(
+        "--raw-labels",
+        action="store_true",
+        help='use labels as they are; by default "BrushHair" and "brush_hair" become "brush hair"',
+    )
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="views encoded at a time (8)"
+    )
+    running.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="decoding threads, 0 for none (2)"
+    )
+    running.add_argument(
+        "--strict", action="store_true", help="treat damaged videos as failed, without scores"
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--top-k", type=int, default=5, metavar="K", help="best labels shown for each video (5)"
+    )
+    output.add_argument("--format", choices=tuple(WRITERS), default="table")
+    output.add_argument("--output", metavar="FILE", help="write there, not to standard output")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return command.run(build_parser(), zeroshot, argv)
+
+
+def zeroshot(args: argparse.Namespace) -> ExitCode:
+    """Classify every video that the arguments name and report each."""
+    if args.top_k < 1:
+        raise InputError(f"--top-k is {args.top_k}, it must be at least 1")
+    labels = read_labels(args.labels)
+    templates = read_templates(args.templates)
+    device = pick_device(args.device)
+    dtype = automatic_dtype(device) if args.precision == "auto" else PRECISIONS[args.precision]
+    model = load(
+        args.model,
+        temporal=args.temporal,
+        num_frames=args.frames,
+        device=device,
+        dtype=dtype,
+        activation=args.activation,
+    )
+    classifier = VideoClassifier(
+        model,
+        labels,
+        templates=templates,
+        num_clips=args.clips,
+        num_crops=args.crops,
+        raw_labels=args.raw_labels,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        strict=args.strict,
+    )
+    paths: Iterable[str] = expand(args.videos)
+    if "-" not in args.videos:
+        paths = list(paths)  # so that the progress bar knows where it ends
+    counts = {"ok": 0, "damaged": 0, "error": 0}
+    with open_output(args.output) as file:
+        writer = WRITERS[args.format](file, args.top_k)
+        for result in progress(classifier.stream(paths), paths):
+            counts[result.status] += 1
+            with tqdm.external_write_mode(file=sys.stderr):
+                writer.write(result)
+                if result.status != "ok":
+                    command.say(PROG, f"{result.path}: {result.reason}: {result.message}")
+        writer.close()
+    total = sum(counts.values())
+    if total == 0:
+        raise InputError("standard input named no videos; write one path a line")
+    if total > 1:
+        summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+        command.say(PROG, f"{total} videos: {summary}")
+    return ExitCode.SOME_FAILED if counts["error"] else ExitCode.DONE
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device called `name`, by default a GPU if there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}); try cpu") from error
+    return device
+
+
+def expand(names: Sequence[str]) -> Iterator[str]:
+    """Yield the videos that the arguments stand for.
+
+    A folder stands for the videos in it. One without videos is passed on, so that it
+    is read as a folder of frames or gets a row that says why it cannot be.
+    """
+    for name in names:
+        if name == "-":
+            for line in sys.stdin.buffer:
+                if path := os.fsdecode(line.rstrip(b"\r\n")):
+                    yield path
+        elif os.path.isdir(name):
+            yield from find_videos(name) or [name]
+        else:
+            yield name
+
+
+def progress(results: Iterator[VideoResult], paths: Iterable[str]) -> Iterable[VideoResult]:
+    """Show a bar on standard error, where that is a terminal and there is more than one video."""
+    total = len(paths) if isinstance(paths, list) else None
+    hidden = not sys.stderr.isatty() or total == 1
+    return tqdm(results, total=total, unit="video", disable=hidden, file=sys.stderr)

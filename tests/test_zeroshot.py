@@ -1,0 +1,328 @@
+"""The command as its user meets it: rows, one-line errors, exit codes."""
+
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import filled
+import pytest
+from golden_files import clip_config
+from video_files import write_video
+
+import actionclip
+from actionclip.__main__ import main as package_main
+from actionclip.cli import report, zeroshot
+from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
+
+LABELS = ["juggling balls", "archery", "bowling"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, two videos, a text file called .mp4, an empty folder and a folder of videos."""
+    folder = tmp_path_factory.mktemp("zeroshot")
+    model = ActionCLIP(ActionCLIPConfig(clip_config("tiny"), num_frames=4))
+    filled.fill_(model.clip)
+    actionclip.save(model, folder / "model.safetensors")
+    (folder / "clips").mkdir()
+    for name, count in (("a.mp4", 20), ("clips/b.webm.mkv", 6), ("clips/c.mp4", 5)):
+        write_video(folder / name, num_frames=count)
+    (folder / "text.mp4").write_text("no video")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str, labels: list[str] = LABELS) -> tuple[int, str, str]:
+        options = ["--model", "model.safetensors", "--device", "cpu", "--precision", "fp32"]
+        code = zeroshot.main([*arguments, "--labels", *labels, *options])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.out, captured.err
+
+    return run
+
+
+def rows(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_table(run) -> None:
+    code, out, err = run("a.mp4", "--top-k", "2")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "a.mp4"
+    assert len(lines) == 3
+    score, label = lines[1].split("  ")[1:3]
+    assert 0 <= float(score) <= 1
+    assert label.strip() in LABELS
+
+
+def test_every_bad_video_has_its_row_and_the_others_go_on(run) -> None:
+    code, out, err = run("nowhere.mp4", "a.mp4", "text.mp4", "empty", "clips", "--format", "jsonl")
+    assert code == 3
+    table = [(row["path"], row["status"], row["reason"]) for row in rows(out)]
+    assert table == [
+        ("nowhere.mp4", "error", "missing"),
+        ("a.mp4", "ok", None),
+        ("text.mp4", "error", "not-a-video"),
+        ("empty", "error", "no-frames"),
+        (os.path.join("clips", "b.webm.mkv"), "ok", None),
+        (os.path.join("clips", "c.mp4"), "ok", None),
+    ]
+    assert [row["frames"] for row in rows(out)] == [None, 20, None, None, 6, 5]
+    lines = err.splitlines()
+    assert lines[0].startswith("actionclip-zeroshot: nowhere.mp4: missing: ")
+    assert lines[1].startswith("actionclip-zeroshot: text.mp4: not-a-video: ")
+    assert lines[2].startswith("actionclip-zeroshot: empty: no-frames: ")
+    assert lines[3] == "actionclip-zeroshot: 6 videos: 3 ok, 0 damaged, 3 error"
+    assert len(lines) == 4
+
+
+def test_rows_are_those_of_the_documentation(run) -> None:
+    _, out, _ = run("a.mp4", "--format", "json")
+    (row,) = json.loads(out)
+    assert list(row) == ["path", "status", "reason", "message", "frames", "predictions"]
+    assert {p["label"] for p in row["predictions"]} == set(LABELS)
+    scores = [p["score"] for p in row["predictions"]]
+    assert scores == sorted(scores, reverse=True)
+    assert sum(scores) == pytest.approx(1, abs=1e-5)
+    model = actionclip.load("model.safetensors", device="cpu")
+    best = actionclip.VideoClassifier(model, LABELS)("a.mp4").top(1)[0]
+    assert row["predictions"][0]["label"] == best[0]
+    assert row["predictions"][0]["score"] == pytest.approx(best[1], abs=1e-5)
+
+
+def test_formats_say_the_same(run) -> None:
+    videos = ("a.mp4", "text.mp4", "clips/c.mp4")
+    as_json = json.loads(run(*videos, "--format", "json")[1])
+    assert rows(run(*videos, "--format", "jsonl")[1]) == as_json
+    table = list(csv.DictReader(io.StringIO(run(*videos, "--format", "csv")[1])))
+    flat = [
+        (row["path"], p.get("label", ""), str(p.get("score", "")))
+        for row in as_json
+        for p in row["predictions"] or [{}]
+    ]
+    assert [(line["path"], line["label"], line["score"]) for line in table] == flat
+    assert [line["rank"] for line in table] == ["1", "2", "3", "", "1", "2", "3"]
+
+
+def test_damaged_videos_are_scored_and_said_so(run, folder: Path) -> None:
+    whole = write_video(folder / "whole.mkv", num_frames=60).read_bytes()
+    (folder / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+    code, out, err = run("cut.mkv", "--format", "jsonl")
+    (row,) = rows(out)
+    assert (code, row["status"], row["reason"]) == (0, "damaged", "damaged")
+    assert row["predictions"]
+    assert err.startswith(f"actionclip-zeroshot: cut.mkv: damaged: {row['message']}")
+    assert "  damaged\n  0." in run("cut.mkv")[1]
+    code, out, _ = run("cut.mkv", "--format", "jsonl", "--strict")
+    assert (code, rows(out)[0]["status"]) == (3, "error")
+
+
+def test_paths_from_standard_input(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Input:
+        buffer = io.BytesIO(b"a.mp4\n\nnowhere \xff.mp4\r\nclips/c.mp4")
+
+    monkeypatch.setattr(sys, "stdin", Input)
+    code, out, err = run("-", "--format", "jsonl")
+    assert code == 3
+    assert [row["path"] for row in rows(out)] == ["a.mp4", "nowhere \udcff.mp4", "clips/c.mp4"]
+    assert "nowhere \\udcff.mp4: missing" in err
+
+
+def test_labels_and_templates_from_files(run, folder: Path) -> None:
+    (folder / "labels.csv").write_text('id,name\n0,archery\n1,"run, jump"\n')
+    (folder / "labels.txt").write_text("archery\nrun, jump\n")
+    (folder / "templates.txt").write_text("a clip of {}\n{}\n")
+    options = ("a.mp4", "--templates", "templates.txt", "--format", "jsonl")
+    from_csv = run(*options, labels=["labels.csv"])
+    assert from_csv == run(*options, labels=["labels.txt"])
+    assert from_csv == run(*options, labels=["archery", "run, jump"])
+    assert from_csv[0] == 0
+
+
+def test_views_and_frames_change_the_scores(run) -> None:
+    plain = run("a.mp4", "--format", "jsonl")[1]
+    assert run("a.mp4", "--format", "jsonl", "--batch-size", "1", "--workers", "0")[1] == plain
+    others = [("--frames", "7"), ("--clips", "3"), ("--crops", "3"), ("--templates", "none")]
+    for options in others:
+        code, out, _ = run("a.mp4", "--format", "jsonl", *options)
+        assert code == 0
+        assert out != plain
+
+
+def test_output_file(run, folder: Path) -> None:
+    code, out, _ = run("a.mp4", "--format", "jsonl", "--output", "scores.jsonl")
+    assert (code, out) == (0, "")
+    assert rows((folder / "scores.jsonl").read_text())[0]["path"] == "a.mp4"
+    code, _, err = run("a.mp4", "--output", "no/folder/scores.txt")
+    assert code == 5
+    assert err == (
+        "actionclip-zeroshot: cannot write the results to no/folder/scores.txt: "
+        "No such file or directory\n"
+    )
+    if os.path.exists("/dev/full"):
+        code, _, err = run("a.mp4", "--output", "/dev/full")
+        assert code == 5
+        assert err.endswith("No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "labels", "message"),
+    [
+        (["a.mp4", "--model", "ViT-B16"], LABELS, r"did you mean ViT-B/16"),
+        (["a.mp4"], ["archery", "Archery"], "read the same"),
+        (["a.mp4"], ["nolabels.txt"], r"nolabels\.txt: cannot be read"),
+        (["a.mp4"], [" "], "blank"),
+        (["a.mp4"], ["word " * 90], "has 9. tokens|has 1.. tokens"),
+        (["a.mp4", "--templates", "no-such"], LABELS, "unknown templates 'no-such'"),
+        (["a.mp4", "--temporal", "lsmt"], LABELS, "temporal is 'lsmt'; choose from"),
+        (["a.mp4", "--temporal", "transf"], LABELS, "contradicts"),
+        (["a.mp4", "--top-k", "0"], LABELS, "--top-k is 0"),
+        (["a.mp4", "--frames", "0"], LABELS, "num_frames is 0"),
+        (["a.mp4", "--frames", "four"], LABELS, "argument --frames: invalid int value: 'four'"),
+        (["a.mp4", "--crops", "2"], LABELS, "argument --crops: invalid choice"),
+        (["a.mp4", "--device", "gpu7"], LABELS, "--device gpu7 cannot be used here"),
+        (["a.mp4", "--no-such-option"], LABELS, "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(
+    folder: Path, monkeypatch, capsys, arguments: list[str], labels: list[str], message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    options = [] if "--model" in arguments else ["--model", "model.safetensors"]
+    assert zeroshot.main([*arguments, "--labels", *labels, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("actionclip-zeroshot: ")
+    assert captured.err.count("\n") == 1
+    assert re.search(message, captured.err)
+
+
+def test_missing_labels(capsys) -> None:
+    assert zeroshot.main(["a.mp4"]) == 2
+    assert "--labels" in capsys.readouterr().err
+
+
+def test_a_damaged_weight_file(run, folder: Path, capsys) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(data[:-10])
+    code = zeroshot.main(["a.mp4", "--labels", *LABELS, "--model", "cut.safetensors"])
+    err = capsys.readouterr().err
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "cut.safetensors" in err
+
+
+def test_an_error_of_ours_is_exit_1_and_debug_shows_where(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise KeyError("oops")
+
+    monkeypatch.setattr(zeroshot, "VideoClassifier", fail)
+    code, _, err = run("a.mp4")
+    assert code == 1
+    assert err.startswith("actionclip-zeroshot: internal error, please report it: KeyError: 'oops'")
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    assert zeroshot.main(["a.mp4", "--labels", "x", "--model", "nothing", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_control_characters_cannot_reach_the_terminal(run, folder: Path) -> None:
+    name = "evil\x1b[31m\nname.mp4"
+    write_video(folder / "plain.mp4", num_frames=3).rename(folder / name)
+    code, out, err = run(name, "nowhere\x07.mp4", labels=["a", "b\x1b[2J"])
+    assert code == 3
+    assert "\x1b" not in out + err
+    assert "\x07" not in out + err
+    assert out.splitlines()[0] == "evil\\x1b[31m\\nname.mp4"
+
+
+def test_bars_have_eighths() -> None:
+    table = report.TableWriter(io.StringIO(), 1)
+    assert table.bar(1.0) == "█" * 20
+    assert table.bar(0.0) == ""
+    assert table.bar(0.5 + 1 / 160) == "█" * 10 + "▏"
+    assert table.bar(0.049) == "█"
+    assert table.bar(0.04) == "▊"
+
+    class Ascii(io.StringIO):
+        encoding = "ascii"
+
+    assert report.TableWriter(Ascii(), 1).bar(0.5) == "#" * 10
+
+
+def test_help_and_version(capsys) -> None:
+    assert zeroshot.main(["--help"]) == 0
+    assert "exit codes:" in capsys.readouterr().out
+    assert zeroshot.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"actionclip {actionclip.__version__}\n"
+
+
+def test_as_a_module(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    assert package_main(["zeroshot", "a.mp4", "--labels", "x", "--model", "nothing"]) == 2
+    assert capsys.readouterr().err.startswith("actionclip-zeroshot: model 'nothing'")
+    assert package_main(["no-such-command"]) == 2
+    assert "{zeroshot}" in capsys.readouterr().err
+    assert package_main(["--help"]) == 0
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "actionclip", "zeroshot", *arguments]
+
+
+def test_signals_end_it_with_their_codes(folder: Path) -> None:
+    """A list on standard input that never ends leaves the command waiting."""
+    arguments = command("-", "--labels", "x", "--model", "model.safetensors", "--format", "jsonl")
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process = subprocess.Popen(
+            [*arguments, "--workers", "0"],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("nowhere.mp4\n" * 3000)
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["status"] == "error"
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == code
+        assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_no_traceback(folder: Path) -> None:
+    shell = " ".join(command("-", "--labels", "x", "--model", "model.safetensors"))
+    result = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"yes nowhere.mp4 | head -3000 | {shell} | head -1; echo ${{PIPESTATUS[2]}}",
+        ],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.stdout.splitlines() == ["no.mp4", "5"]
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
