@@ -1,0 +1,66 @@
+"""The README's Python runs as it stands, with a small model in place of the download."""
+
+import re
+from pathlib import Path
+
+import filled
+import pytest
+from golden_files import clip_config
+from video_files import write_video
+
+import actionclip
+from actionclip.cli import zeroshot
+from actionclip.cli.command import ExitCode
+from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
+from actionclip.published import MODELS
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_python_blocks(tmp_path: Path, monkeypatch, capsys) -> None:
+    # Width 64, but 224 pixels: the block makes images of the published size.
+    config = {**vars(clip_config("tiny")), "image_resolution": 224, "vision_patch_size": 56}
+    model = ActionCLIP(ActionCLIPConfig(type(clip_config("tiny"))(**config)))
+    filled.fill_(model.clip)
+    monkeypatch.setattr(actionclip, "load", lambda name: model.eval())
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "juggling.mp4", num_frames=30)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    printed = capsys.readouterr().out
+    assert {label for label, _ in eval(printed)} == {"archery", "bowling", "juggling balls"}
+    assert actionclip.weights.load(tmp_path / "model.safetensors").config == model.config
+
+
+def test_every_name_and_size_in_the_model_table() -> None:
+    table = re.findall(r"^\| `([^`]+)` \| (\d+) px \| (\d+) \| [\d.]+ M \| (\d+) MB", README, re.M)
+    expected = [
+        (name, str(m.config.image_resolution), str(m.config.embed_dim), f"{m.size / 1e6:.0f}")
+        for name, m in MODELS.items()
+    ]
+    assert table == expected
+
+
+def test_exit_codes_and_options_are_the_real_ones() -> None:
+    for code in (ExitCode.DONE, ExitCode.BUG, ExitCode.WRONG_INPUT, ExitCode.SOME_FAILED):
+        assert f"| {int(code)} | " in README
+    options = set(zeroshot.build_parser()._option_string_actions)
+    command = README[README.index("## From the shell") : README.index("## Models")]
+    assert set(re.findall(r"(--[a-z][a-z-]+)", command)) <= options
+
+
+@pytest.mark.parametrize("name", ["actionclip/video.py", "actionclip/cli", "benchmarks"])
+def test_files_named_in_the_readme_exist(name: str) -> None:
+    assert (Path(__file__).parent.parent / name).exists()
+
+
+def test_the_file_tree_is_complete() -> None:
+    tree = README[README.index("## What is where") : README.index("## Differences")]
+    package = Path(__file__).parent.parent / "actionclip"
+    for path in package.rglob("*.py"):
+        if path.name.startswith("__") or path.parent.name == "cli":
+            continue
+        assert f"  {path.name} " in tree, path.name
