@@ -596,7 +596,7 @@ def test_folder_errors_name_the_image(frame_folder):
 
 
 def test_a_folder_without_images(tmp_path):
-    with pytest.raises(VideoError, match="no-frames: a folder without"):
+    with pytest.raises(VideoError, match="no-frames: the folder holds neither"):
         read_frames(tmp_path, [0])
 
 
