@@ -162,12 +162,12 @@ class VideoClassifier:
                 stacklevel=2,
             )
 
-    def __call__(self, videos: VideoPath | Tensor | Sequence[VideoPath | Tensor]) -> Prediction:
+    def __call__(self, videos: VideoPath | Tensor | Iterable[VideoPath | Tensor]) -> Prediction:
         """Classify one video or a list of videos.
 
         Args:
-            videos: a path, or frames (T, 3, H, W) uint8 of any size and number, or a list
-                of either.
+            videos: a path, or a tensor of frames (T, 3, H, W) uint8 of any size and number,
+                or a list of either.
 
         Returns:
             Scores (K,) for one video, (B, K) for a list.
@@ -179,8 +179,6 @@ class VideoClassifier:
         """
         if isinstance(videos, str | os.PathLike | Tensor):
             return Prediction(self.labels, self([videos]).scores[0])
-        if len(videos) == 0:
-            raise InputError("the list of videos is empty")
         scores = []
         for outcome in self._classify(videos):
             if isinstance(outcome.error, VideoError):
@@ -189,6 +187,8 @@ class VideoClassifier:
                 warnings.warn(f"{outcome.name}: damaged: {outcome.damage}", stacklevel=2)
             assert outcome.scores is not None
             scores.append(outcome.scores)
+        if not scores:
+            raise InputError("the list of videos is empty")
         return Prediction(self.labels, torch.stack(scores))
 
     def stream(self, paths: Iterable[VideoPath]) -> Iterator[VideoResult]:
@@ -251,6 +251,10 @@ class VideoClassifier:
             indices = self._choose(len(video))
             frames = torch.stack([cut(video[i]) for i in indices])
             return _Outcome("frames", views=self._arrange(frames), num_frames=len(video))
+        if not isinstance(video, str | os.PathLike):
+            raise InputError(
+                f"a video is a {type(video).__name__}; pass a path or a tensor (T, 3, H, W) uint8"
+            )
         name = os.fspath(video)
         try:
             decoded: DecodedVideo = decode(

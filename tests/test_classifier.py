@@ -86,6 +86,7 @@ def test_scores_equal_the_steps_written_out(
 def test_one_video_many_videos_and_frames_agree(model: ActionCLIP, videos: list[Path]) -> None:
     classifier = VideoClassifier(model, LABELS)
     together = classifier(videos).scores
+    assert torch.equal(classifier(path for path in videos).scores, together)
     for path, scores in zip(videos, together, strict=True):
         single = classifier(str(path))
         assert single.scores.shape == (3,)
@@ -277,3 +278,5 @@ def test_wrong_frames(model: ActionCLIP) -> None:
         classifier(torch.zeros(0, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(actionclip.InputError, match="list of videos is empty"):
         classifier([])
+    with pytest.raises(actionclip.InputError, match="a video is a ndarray; pass a path or a ten"):
+        classifier(np.zeros((4, 3, 64, 64), dtype=np.uint8))

@@ -523,6 +523,7 @@ def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         (b"[" * 100_000, "not valid JSON"),
         (b" " * 10_000_001, "larger than 10000000 bytes"),
     ],
+    ids=["open", "list", "not-utf8", "deep", "large"],
 )
 def test_bad_settings_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     write_safetensors(tmp_path / "model.safetensors", TENSORS)

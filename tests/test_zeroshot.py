@@ -316,7 +316,7 @@ def test_a_reader_that_leaves_is_no_traceback(folder: Path) -> None:
         [
             "bash",
             "-c",
-            f"yes nowhere.mp4 | head -3000 | {shell} | head -1; echo ${{PIPESTATUS[2]}}",
+            f"yes no.mp4 | head -3000 | {shell} | head -1; echo ${{PIPESTATUS[2]}}",
         ],
         cwd=folder,
         capture_output=True,

@@ -3,7 +3,7 @@
 import filled
 import pytest
 import torch
-from golden_files import clip_config, load_golden
+from golden_files import clip_config, clip_state, load_golden
 
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig
 from actionclip.similarity import fuse_templates
@@ -29,15 +29,12 @@ def test_joint_and_shift_against_the_reference(name: str) -> None:
     side = clip_config(name).image_resolution
     frames = filled.frames(f"jt:{name}", (2, num_frames, 3, side, side))
     assert torch.equal(frames.flatten()[:8], torch.from_numpy(golden[f"{tag}/frames_head"]))
-    state = None
+    time = {"visual.time_embedding": (num_frames, clip_config(name).vision_width)}
     for temporal, key in (("meanp", "plain"), ("shift", "shift"), ("joint", "joint")):
-        model = build(name, temporal, num_frames)
-        if state is None:
-            state = filled.fill_(model.clip).state_dict()
-        elif temporal == "joint":
-            time = {"visual.time_embedding": (num_frames, clip_config(name).vision_width)}
-            state = state | filled.state_dict(time)
-        model.clip.load_state_dict(state)
+        with torch.device("meta"):
+            model = build(name, temporal, num_frames)
+        state = clip_state(name) | (filled.state_dict(time) if temporal == "joint" else {})
+        model.clip.load_state_dict(state, assign=True)
         with torch.inference_mode():
             embeddings = model.encode_frames(frames)
         expected = torch.from_numpy(golden[f"{tag}/{key}"])
