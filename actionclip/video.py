@@ -20,6 +20,11 @@ from operator import index as as_int
 from typing import BinaryIO
 
 import av
+
+# PyAV imports these two when it opens its first file. Two threads that open files at
+# once have been seen to deadlock there, in the import system; so it is done here.
+import av.subtitles.codeccontext
+import av.subtitles.stream
 import numpy as np
 import torch
 from av.container import InputContainer

@@ -1,6 +1,8 @@
 import contextlib
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -633,3 +635,15 @@ def test_memory_does_not_hold_the_video(h264_video, monkeypatch):
     read_frames(h264_video, [5, 50])
     assert len(alive) == 60
     assert max(alive) == 2
+
+
+def test_opening_a_file_imports_nothing(h264_video: Path) -> None:
+    """An import by the first open, in two threads at once, can deadlock."""
+    code = (
+        "import sys; from actionclip.video import read_frames; before = set(sys.modules); "
+        f"read_frames({str(h264_video)!r}, [0, 20]); print(sorted(set(sys.modules) - before))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "[]\n"
