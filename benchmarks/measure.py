@@ -18,8 +18,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import actionclip
+
 PACKAGES = (
-    "actionclip",
     "torch",
     "av",
     "numpy",
@@ -85,9 +88,7 @@ def print_table(title: str, summary: Mapping[str, Mapping[str, Any]]) -> None:
 
 def machine() -> dict[str, Any]:
     """Describe where and with what the numbers were made."""
-    import torch
-
-    versions = {}
+    versions: dict[str, str | None] = {"actionclip": actionclip.__version__}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
