@@ -5,6 +5,7 @@ while the model encodes the videos before them; the text embeddings are computed
 once and kept. Memory holds a few videos' frames, however many there are.
 """
 
+import math
 import os
 import warnings
 from collections import deque
@@ -125,6 +126,8 @@ class VideoClassifier:
         ):
             if value < least:
                 raise InputError(f"{name} is {value}, it must be at least {least}")
+        if scale is not None and not 0 < scale < math.inf:
+            raise InputError(f"scale is {scale}, it must be positive and finite")
         if num_crops not in (1, 3):
             raise InputError(f"num_crops is {num_crops}; use 1 or 3")
         if isinstance(templates, str):
@@ -194,12 +197,17 @@ class VideoClassifier:
     def stream(self, paths: Iterable[VideoPath]) -> Iterator[VideoResult]:
         """Classify videos one after another, in order, without stopping at a bad one.
 
+        Results come when a batch is full; with `workers=0, batch_size=1` each comes before
+        the next path is taken.
+
         Args:
-            paths: any number of them; taken as they are needed.
+            paths: any number of them; taken a few ahead of the results.
 
         Yields:
             One result for each path.
         """
+        if isinstance(paths, str | os.PathLike):
+            raise InputError(f"stream takes a list of paths, got the single path {paths!r}")
         for outcome in self._classify(paths):
             if outcome.error is not None:
                 reason, message = outcome.error.reason, outcome.error.message
@@ -248,6 +256,11 @@ class VideoClassifier:
         """Cut the views (V, T, 3, R, R) of one video, or note why it cannot be used."""
         cut = partial(views, preprocessing=self.preprocessing, num_crops=self.num_crops)
         if isinstance(video, Tensor):
+            if video.ndim != 4 or video.shape[1] != 3 or video.dtype != torch.uint8:
+                shape = tuple(video.shape)
+                raise InputError(f"frames are {shape} {video.dtype}; use (T, 3, H, W) torch.uint8")
+            if 0 in video.shape:
+                raise InputError(f"frames are {tuple(video.shape)}: there is nothing to see")
             indices = self._choose(len(video))
             frames = torch.stack([cut(video[i]) for i in indices])
             return _Outcome("frames", views=self._arrange(frames), num_frames=len(video))
@@ -270,8 +283,6 @@ class VideoClassifier:
         )
 
     def _choose(self, num_frames: int) -> list[int]:
-        if num_frames == 0:
-            raise InputError("the video has no frames")
         clips = view_indices(num_frames, self.model.num_frames, self.num_clips)
         return [index for clip in clips for index in clip]
 

@@ -23,6 +23,7 @@ State = dict[str, Tensor]
 
 # Where our own files keep their configuration: safetensors metadata, or a key of the pickle.
 CONFIG_KEY = "actionclip"
+UNTRAINED_KEY = "actionclip_untrained"
 
 # 0-d integers that OpenAI's archives carry beside the weights.
 OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
@@ -57,6 +58,7 @@ class Checkpoint:
         vision_heads: attention heads of the image encoder.
         text_heads: attention heads of the text encoder.
         config: the whole configuration, in our own files.
+        untrained: weights that were initialised and never trained, in our own files.
         lacks_token_embedding: ViFi-CLIP leaves this frozen table of OpenAI's out.
     """
 
@@ -68,6 +70,7 @@ class Checkpoint:
     vision_heads: int | None = None
     text_heads: int | None = None
     config: ActionCLIPConfig | None = None
+    untrained: tuple[str, ...] = ()
     lacks_token_embedding: bool = False
 
 
@@ -89,9 +92,9 @@ def convert(
     Raises:
         WeightsError: if the layout is none that is known; the message lists keys.
     """
-    own = (metadata or {}).get(CONFIG_KEY) or content.get(CONFIG_KEY)
-    if own is not None:
-        return _from_own(_tensors(content.get("state_dict", content)), own)
+    stored = metadata if metadata and CONFIG_KEY in metadata else content
+    if CONFIG_KEY in stored:
+        return _from_own(_tensors(content.get("state_dict", content)), stored)
     if "model_state_dict" in content:
         return _from_official(
             _tensors(content["model_state_dict"]), _tensors(content.get("fusion_model_state_dict"))
@@ -203,7 +206,8 @@ def config_from_json(text: str) -> ActionCLIPConfig:
         raise WeightsError(f"the configuration stored in the file is not ours: {error}") from error
 
 
-def _from_own(state: State, config: Any) -> Checkpoint:
+def _from_own(state: State, stored: Mapping[str, Any]) -> Checkpoint:
+    config = stored[CONFIG_KEY]
     if not isinstance(config, str):
         raise WeightsError(f"the configuration in the file is a {type(config).__name__}, not JSON")
     parsed = config_from_json(config)
@@ -214,6 +218,7 @@ def _from_own(state: State, config: Any) -> Checkpoint:
         num_frames=parsed.num_frames,
         activation=parsed.clip.activation,
         config=parsed,
+        untrained=tuple(json.loads(stored.get(UNTRAINED_KEY, "[]"))),
     )
 
 

@@ -4,7 +4,7 @@ The start of the text side; `tokenizer` takes the sentences. Pure text: no
 files, no tokens, no model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import regex
 
@@ -75,7 +75,7 @@ def readable(name: str) -> str:
     return " ".join(words) or name
 
 
-def check_class_names(names: Sequence[str]) -> list[str]:
+def check_class_names(names: Iterable[str]) -> list[str]:
     """Return the class names as a list, unchanged, after checking them.
 
     Raises:
@@ -84,12 +84,15 @@ def check_class_names(names: Sequence[str]) -> list[str]:
     """
     if isinstance(names, str):
         raise InputError(f"class names {names!r} are one string; pass a list of strings")
+    names = list(names)
     if not names:
         raise InputError("no class names given; name at least one action")
     seen: dict[str, str] = {}
     for i, name in enumerate(names):
         if not isinstance(name, str):
             raise InputError(f"class name {i} is of type {type(name).__name__}; pass strings only")
+        if any(0xD800 <= ord(character) < 0xE000 for character in name):
+            raise InputError(f"class name {i} ({name!r}) is not valid text; use a UTF-8 locale")
         if not name.strip():
             raise InputError(f"class name {i} is blank ({name!r}); remove it or write a name")
         key = " ".join(readable(name).casefold().split())
@@ -98,4 +101,4 @@ def check_class_names(names: Sequence[str]) -> list[str]:
                 f"class names {seen[key]!r} and {name!r} read the same; keep one of them"
             )
         seen[key] = name
-    return list(names)
+    return names

@@ -172,6 +172,8 @@ def write_atomically(
 
 def _read_tensors(path: str, half_as: torch.dtype | None = None) -> WeightFile:
     """Read a file by what its first bytes say."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise WeightsError(f"{path}: not a regular file; name a weight file or a folder")
     try:
         with open(path, "rb") as file:
             start = file.read(512)

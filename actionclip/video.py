@@ -11,6 +11,7 @@ meets and hands over to `_decode_all` at the first surprise, so both give equal 
 """
 
 import os
+import re
 import stat
 import time
 from array import array
@@ -177,7 +178,8 @@ def decode(
     is broken elsewhere gives the frames asked for, undamaged.
 
     Args:
-        path: a video file, or a folder of .jpg or .png frames in the order of their names.
+        path: a video file, or a folder of .jpg or .png frames in the order of their names,
+            numbers compared as numbers.
         choose: maps the number of frames to 0-based positions in presentation order,
             which may repeat, in any order. Called again if decoding an odd file shows
             another number of frames than its packets promised.
@@ -363,6 +365,9 @@ def _open(source: _Source, path: str, image_format: str | None = None) -> InputC
         raise _os_error(source.path, error) from None
     except av.error.ExitError:
         raise _stalled(source) from None
+    except av.error.ArgumentError:  # what the list of containers refuses
+        message = "its container format is unknown or not allowed; convert it to MP4 or Matroska"
+        raise VideoError(source.path, "not-a-video", message) from None
     except av.FFmpegError as error:
         message = f"not a video in a known format ({error.strerror}); convert or copy it again"
         raise VideoError(source.path, "not-a-video", message) from None
@@ -709,13 +714,16 @@ def _all_frames(video: _OpenVideo, losses: _Losses) -> Iterator[VideoFrame]:
 def _decode_folder(source: _Source, choose: Callable[[int], Sequence[int]]) -> DecodedVideo:
     """Decode the chosen images of a folder; each image is a frame."""
     try:
-        names = sorted(name for name in os.listdir(source.path) if _is_a(name, IMAGE_EXTENSIONS))
+        names = [name for name in os.listdir(source.path) if _is_a(name, IMAGE_EXTENSIONS)]
     except OSError as error:
         raise _os_error(source.path, error) from None
     if not names:
         raise VideoError(
-            source.path, "no-frames", "the folder holds neither videos nor .jpg or .png frames"
+            source.path,
+            "no-frames",
+            "no .jpg or .png frames in this folder, which is read as one video",
         )
+    names.sort(key=_by_number)
     source.check_length(len(names), 0.0)
     chosen = _ChosenFrames(source, choose(len(names)))
     chosen.check(len(names))
@@ -745,6 +753,12 @@ def _image(source: _Source, name: str, losses: _Losses) -> VideoFrame:
     if frame is None:
         raise VideoError(path, "damaged", "it cannot be decoded; extract the frames again")
     return frame
+
+
+def _by_number(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts img_2 before img_10."""
+    parts = re.findall(r"([0-9]+)|([^0-9]+)", name)
+    return [(int(number or 0), text) for number, text in parts]
 
 
 def _is_a(name: str, extensions: frozenset[str]) -> bool:

@@ -7,11 +7,12 @@ every name and shape, and fill it. No file's code is ever executed.
 
 import difflib
 import io
+import json
 import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from actionclip import download
 from actionclip.conversion import (
     CONFIG_KEY,
     POSITIONS,
+    UNTRAINED_KEY,
     Checkpoint,
     State,
     canonical_temporal,
@@ -94,6 +96,11 @@ def load(
     if temporal is not None and canonical_temporal(temporal) not in TEMPORAL:
         raise InputError(f"temporal is {temporal!r}; choose from {', '.join(TEMPORAL)}")
 
+    if activation not in (None, *get_args(Activation)):
+        raise InputError(
+            f"activation is {activation!r}; choose from {', '.join(get_args(Activation))}"
+        )
+
     if pretrained:
         checkpoint = _read(name, download_root, dtype or torch.float32)
         config = _configure(checkpoint, name, temporal, num_frames, activation, official_conv1d)
@@ -137,11 +144,14 @@ def save(model: ActionCLIP, path: str | os.PathLike[str]) -> None:
     suffix = Path(path).suffix
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     config = config_to_json(model.config)
+    untrained = json.dumps(list(model.untrained))
     if suffix == ".safetensors":
-        write_safetensors(os.fspath(path), state, {"format": "pt", CONFIG_KEY: config})
+        write_safetensors(
+            os.fspath(path), state, {"format": "pt", CONFIG_KEY: config, UNTRAINED_KEY: untrained}
+        )
     elif suffix == ".pt":
         buffer = io.BytesIO()
-        torch.save({CONFIG_KEY: config, "state_dict": state}, buffer)
+        torch.save({CONFIG_KEY: config, UNTRAINED_KEY: untrained, "state_dict": state}, buffer)
         write_atomically(os.fspath(path), [buffer.getbuffer()])
     else:
         raise InputError(f"cannot save to {str(path)!r}: end the name in .safetensors or .pt")
@@ -288,6 +298,8 @@ def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
         initial = _initial_prompt(model.config)
         model.untrained = tuple(initial)
         state |= initial
+    else:
+        model.untrained = checkpoint.untrained
     expected = model.state_dict()
     _check_keys(expected, state, name)
     for key, wanted in expected.items():

@@ -262,6 +262,10 @@ def test_untrained_weights_are_named_once(videos: list[Path]) -> None:
         ({"num_crops": 2}, "num_crops is 2; use 1 or 3"),
         ({"num_clips": 0}, "num_clips is 0"),
         ({"workers": -1}, "workers is -1"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"scale": -1.0}, r"scale is -1\.0"),
+        ({"labels": ["run", "jump\udce9"]}, "class name 1 .* is not valid text"),
+        ({"labels": iter(())}, "no class names"),
         ({"batch_size": 0}, "batch_size is 0"),
     ],
 )
@@ -274,8 +278,13 @@ def test_wrong_frames(model: ActionCLIP) -> None:
     classifier = VideoClassifier(model, LABELS)
     with pytest.raises(actionclip.InputError, match=r"torch\.uint8"):
         classifier(torch.zeros(4, 3, 64, 64))
-    with pytest.raises(actionclip.InputError, match="no frames"):
-        classifier(torch.zeros(0, 3, 64, 64, dtype=torch.uint8))
+    for shape in ((0, 3, 64, 64), (4, 3, 0, 64)):
+        with pytest.raises(actionclip.InputError, match="there is nothing to see"):
+            classifier(torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(actionclip.InputError, match=r"\(4, 64, 64, 3\).*use \(T, 3, H, W\)"):
+        classifier(torch.zeros(4, 64, 64, 3, dtype=torch.uint8))
+    with pytest.raises(actionclip.InputError, match=r"single path 'a\.mp4'"):
+        next(classifier.stream("a.mp4"))
     with pytest.raises(actionclip.InputError, match="list of videos is empty"):
         classifier([])
     with pytest.raises(actionclip.InputError, match="a video is a ndarray; pass a path or a ten"):

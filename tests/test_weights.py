@@ -298,6 +298,9 @@ def test_a_prompt_on_plain_clip_is_untrained_and_named(tmp_path: Path, temporal:
     assert model.untrained
     assert all(("temporal." in key) or ("time_embedding" in key) for key in model.untrained)
     assert torch.isfinite(encode(model, 5)[0]).all()
+    for name in ("saved.pt", "saved.safetensors"):
+        actionclip.save(model, tmp_path / name)
+        assert actionclip.load(tmp_path / name).untrained == model.untrained
 
 
 @pytest.mark.parametrize("alias", ["seqTransf", "Transf", "TRANSF"])
@@ -387,6 +390,7 @@ def test_unknown_names_come_with_the_closest() -> None:
         ({"temporal": "mean"}, r"temporal is 'mean'; choose from meanp"),
         ({"num_frames": 0}, r"num_frames is 0"),
         ({"dtype": torch.int8}, r"dtype is torch\.int8"),
+        ({"activation": "relu"}, "activation is 'relu'; choose from quick_gelu, gelu"),
     ],
 )
 def test_wrong_arguments(options: dict, message: str) -> None:

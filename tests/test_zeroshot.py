@@ -131,12 +131,13 @@ def test_damaged_videos_are_scored_and_said_so(run, folder: Path) -> None:
 
 def test_paths_from_standard_input(run, monkeypatch: pytest.MonkeyPatch) -> None:
     class Input:
-        buffer = io.BytesIO(b"a.mp4\n\nnowhere \xff.mp4\r\nclips/c.mp4")
+        buffer = io.BytesIO(b"a.mp4\n\nnowhere \xff.mp4\r\nclips\n")
 
     monkeypatch.setattr(sys, "stdin", Input)
     code, out, err = run("-", "--format", "jsonl")
     assert code == 3
-    assert [row["path"] for row in rows(out)] == ["a.mp4", "nowhere \udcff.mp4", "clips/c.mp4"]
+    found = [os.path.join("clips", name) for name in ("b.webm.mkv", "c.mp4")]
+    assert [row["path"] for row in rows(out)] == ["a.mp4", "nowhere \udcff.mp4", *found]
     assert "nowhere \\udcff.mp4: missing" in err
 
 
@@ -193,6 +194,10 @@ def test_output_file(run, folder: Path) -> None:
         (["a.mp4", "--frames", "four"], LABELS, "argument --frames: invalid int value: 'four'"),
         (["a.mp4", "--crops", "2"], LABELS, "argument --crops: invalid choice"),
         (["a.mp4", "--device", "gpu7"], LABELS, "--device gpu7 cannot be used here"),
+        (["a.mp4", "--device", "meta"], LABELS, "--device meta cannot be used here"),
+        (["a.mp4", "--output", "a.mp4"], LABELS, "--output a.mp4 is also an input"),
+        (["a.mp4"], ["archery", "text.mp4"], r"label 'text\.mp4' is a file; name videos before"),
+        (["a.mp4", "--model", "/dev/null"], LABELS, "/dev/null: not a regular file"),
         (["a.mp4", "--no-such-option"], LABELS, "unrecognized arguments: --no-such-option"),
     ],
 )
@@ -207,6 +212,26 @@ def test_mistakes_are_one_line_and_exit_2(
     assert captured.err.startswith("actionclip-zeroshot: ")
     assert captured.err.count("\n") == 1
     assert re.search(message, captured.err)
+
+
+@pytest.mark.parametrize(
+    ("redirect", "code", "message"),
+    [
+        (">&-", 5, "standard output is closed"),
+        ("<&-", 2, "standard input is closed"),
+        ("2>&-", 3, ""),
+    ],
+)
+def test_closed_streams(folder: Path, redirect: str, code: int, message: str) -> None:
+    shell = " ".join(command("-", "no.mp4", "--labels", "x", "--model", "model.safetensors"))
+    if redirect != "<&-":
+        redirect += " < /dev/null"
+    result = subprocess.run(
+        ["bash", "-c", f"{shell} {redirect}"], cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == code
+    assert message in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_missing_labels(capsys) -> None:

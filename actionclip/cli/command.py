@@ -62,6 +62,8 @@ def run(
     argv: Sequence[str] | None,
 ) -> int:
     """Parse the arguments, do the work, and turn whatever happens into an exit code."""
+    if sys.stderr is None:  # closed by the caller; what it would have heard goes nowhere
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         args = parser.parse_args(argv)
     except SystemExit as exit_:  # --help, --version, or a wrong argument

@@ -23,6 +23,8 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
         OutputError: if it cannot be opened, or written while it is open.
     """
     try:
+        if path is None and sys.stdout is None:
+            raise OutputError("standard output is closed; use --output FILE")
         if path is None:
             # A name that is not UTF-8, or a terminal that is not, must not end the run.
             if hasattr(sys.stdout, "reconfigure"):

@@ -124,6 +124,7 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
     """Classify every video that the arguments name and report each."""
     if args.top_k < 1:
         raise InputError(f"--top-k is {args.top_k}, it must be at least 1")
+    refuse_mixed_up_files(args)
     labels = read_labels(args.labels)
     templates = read_templates(args.templates)
     device = pick_device(args.device)
@@ -169,14 +170,29 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
     return ExitCode.SOME_FAILED if counts["error"] else ExitCode.DONE
 
 
+def refuse_mixed_up_files(args: argparse.Namespace) -> None:
+    """Refuse an output that would overwrite an input, and videos that became labels."""
+    if args.output is not None and os.path.exists(args.output):
+        for name in (*args.videos, *args.labels, args.model):
+            if os.path.exists(name) and os.path.samefile(name, args.output):
+                raise InputError(f"--output {args.output} is also an input; name another file")
+    for label in args.labels:
+        suffix = os.path.splitext(label)[1].lower()
+        if suffix not in ("", ".txt", ".csv") and os.path.isfile(label):
+            raise InputError(
+                f"label {label!r} is a file; name videos before --labels, and a list of labels "
+                ".txt or .csv"
+            )
+
+
 def pick_device(name: str | None) -> torch.device:
     """Return the device called `name`, by default a GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}); try cpu") from error
     return device
@@ -189,14 +205,20 @@ def expand(names: Sequence[str]) -> Iterator[str]:
     is read as a folder of frames or gets a row that says why it cannot be.
     """
     for name in names:
-        if name == "-":
-            for line in sys.stdin.buffer:
-                if path := os.fsdecode(line.rstrip(b"\r\n")):
-                    yield path
-        elif os.path.isdir(name):
-            yield from find_videos(name) or [name]
-        else:
-            yield name
+        for path in listed_on_stdin() if name == "-" else [name]:
+            if os.path.isdir(path):
+                yield from find_videos(path) or [path]
+            else:
+                yield path
+
+
+def listed_on_stdin() -> Iterator[str]:
+    """Yield the paths on standard input, one a line."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed; - needs a list of videos there")
+    for line in sys.stdin.buffer:
+        if path := os.fsdecode(line.rstrip(b"\r\n")):
+            yield path
 
 
 def progress(results: Iterator[VideoResult], paths: Iterable[str]) -> Iterable[VideoResult]:
