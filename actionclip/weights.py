@@ -106,8 +106,8 @@ def load(
         config = _configure(checkpoint, name, temporal, num_frames, activation, official_conv1d)
         with _Unfilled():
             model = _build(config, name)
-        if dtype is not None:
-            cast_encoders(model.clip, dtype)
+            if dtype is not None:
+                cast_encoders(model.clip, dtype)
         _fill(model, checkpoint, name)
     else:
         if name not in MODELS:
@@ -308,7 +308,7 @@ def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Build modules without drawing their weights, which a file will replace.
+    """Build modules without drawing or casting their weights, which a file will replace.
 
     Memory that is never written costs nothing, so this is as light as the meta device,
     whose first use imports two seconds' worth of PyTorch.
@@ -328,6 +328,9 @@ class _Unfilled(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.DRAWS:
             return args[0] if args else kwargs["tensor"]
+        if func is Tensor.to:
+            tensor, dtype = args
+            return torch.empty_like(tensor, dtype=dtype)
         return func(*args, **(kwargs or {}))
 
 

@@ -410,6 +410,9 @@ def test_half_precision_on_request(tmp_path: Path) -> None:
     path = save(tmp_path, tiny_state())
     model = actionclip.load(path, dtype=torch.bfloat16, temporal="transf", activation="quick_gelu")
     assert model.dtype == torch.bfloat16
+    for key, value in tiny_state().items():
+        kept = model.clip.state_dict()[key]
+        assert torch.equal(kept, value.to(kept.dtype))
     assert model.clip.visual.conv1.weight.dtype == torch.bfloat16
     assert {p.dtype for p in model.temporal.parameters()} == {torch.float32}
     assert encode(model)[0].dtype == torch.bfloat16

@@ -278,8 +278,8 @@ def cast_encoders(model: CLIP, dtype: torch.dtype) -> None:
         if isinstance(module, nn.Conv2d | nn.Linear | SelfAttention):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
-    for name in ("proj", "text_projection"):
-        for owner in (model.visual, model):
-            projection = getattr(owner, name, None)
-            if isinstance(projection, nn.Parameter):
-                projection.data = projection.data.to(dtype)
+    projections = [model.text_projection]
+    if isinstance(model.visual, VisionTransformer):
+        projections.append(model.visual.proj)
+    for projection in projections:
+        projection.data = projection.data.to(dtype)
