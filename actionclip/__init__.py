@@ -6,7 +6,6 @@ from actionclip.errors import (
     ActionClipError,
     DownloadError,
     InputError,
-    MissingExtraError,
     VideoError,
     WeightsError,
 )
@@ -24,7 +23,6 @@ __all__ = [
     "CLIPConfig",
     "DownloadError",
     "InputError",
-    "MissingExtraError",
     "Prediction",
     "VideoClassifier",
     "VideoError",

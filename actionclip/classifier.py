@@ -184,7 +184,7 @@ class VideoClassifier:
             return Prediction(self.labels, self([videos]).scores[0])
         scores = []
         for outcome in self._classify(videos):
-            if isinstance(outcome.error, VideoError):
+            if outcome.error is not None:
                 raise outcome.error
             if outcome.damage:
                 warnings.warn(f"{outcome.name}: damaged: {outcome.damage}", stacklevel=2)

@@ -39,7 +39,3 @@ class WeightsError(ActionClipError, RuntimeError):
 
 class DownloadError(WeightsError):
     """A published weight file could not be fetched or did not match its checksum."""
-
-
-class MissingExtraError(ActionClipError, ImportError):
-    """An optional dependency is needed; the message names the extra that brings it."""

@@ -156,7 +156,8 @@ def _checked_records(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipf
     entries = archive.infolist()
     if len(entries) > _MAX_ENTRIES:
         raise _Refused(f"{len(entries)} entries, at most {_MAX_ENTRIES} are read")
-    # Every record is read at most once, so this bounds memory by the file's size.
+    # Every record is read at most once, so this bounds memory by the file's size, twice
+    # that where half precision is widened.
     if sum(entry.compress_size for entry in entries) > file_size:
         raise _Refused("its entries claim more bytes than the file has")
     records: dict[str, zipfile.ZipInfo] = {}

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import filled
 import pytest
-from golden_files import clip_config
+import torch
+from golden_files import clip_config, state_shapes
 from video_files import write_video
 
 import actionclip
@@ -232,6 +233,17 @@ def test_closed_streams(folder: Path, redirect: str, code: int, message: str) ->
     assert result.returncode == code
     assert message in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_warnings_are_one_line_each(folder: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    torch.save(filled.state_dict(state_shapes("clip", "tiny")), "plain.pt")
+    options = ("--model", "plain.pt", "--temporal", "transf", "--precision", "fp32")
+    assert zeroshot.main(["a.mp4", "--labels", *LABELS, *options]) == 0
+    told, untrained = capsys.readouterr().err.splitlines()
+    start = "actionclip-zeroshot: warning: "
+    assert told.startswith(start + "plain.pt does not tell its activation")
+    assert untrained.startswith(start + "the model holds untrained weights")
 
 
 def test_missing_labels(capsys) -> None:

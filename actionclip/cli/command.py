@@ -152,6 +152,5 @@ def _plain_warnings(prog: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", category=UserWarning, module=r"actionclip\b")
-        warnings.filterwarnings("always", category=UserWarning, module=r"__main__")
         warnings.showwarning = show
         yield
