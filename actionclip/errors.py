@@ -39,3 +39,18 @@ class WeightsError(ActionClipError, RuntimeError):
 
 class DownloadError(WeightsError):
     """A published weight file could not be fetched or did not match its checksum."""
+
+
+class TrainingError(ActionClipError, RuntimeError):
+    """A training run cannot go on: a loss is not finite, or its files do not fit."""
+
+
+class TooManyBadError(ActionClipError, RuntimeError):
+    """More videos of the data cannot be used than the caller allows."""
+
+
+class MissingExtraError(ActionClipError, ImportError):
+    """An optional dependency is needed that is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs {package}: pip install 'actionclip[{extra}]'")
