@@ -10,15 +10,16 @@ need and lets the decoder skip frames that no other frame refers to. It checks w
 meets and hands over to `_decode_all` at the first surprise, so both give equal frames.
 """
 
+import math
 import os
 import re
 import stat
 import time
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index as as_int
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import av
 
@@ -59,7 +60,11 @@ _OPEN_TIMEOUT_SECONDS = (10, 10)
 _PLANNED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 _PLANNED_CODECS = frozenset({"h264", "hevc", "vp9", "av1"})
 
+# These store no times, only a rate; the pts that libav makes up for them may even run backwards.
+_FIXED_RATE_CONTAINERS = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo"})
+
 FrameTransform = Callable[[Tensor], Tensor]
+_Number = TypeVar("_Number", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,50 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Span:
+    """A part of a video that is used as if it were the whole.
+
+    Attributes:
+        path: the video file.
+        start_seconds: time of the first frame that counts, since the first of the file.
+        end_seconds: time from which on no frame counts.
+
+    Raises:
+        InputError: if the start is negative or the end is not after it.
+    """
+
+    path: str | os.PathLike[str]
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        start, end = self.start_seconds or 0.0, self.end_seconds
+        if not 0 <= start < math.inf:
+            raise InputError(f"start_seconds is {start} for {self.path}; use 0 or more")
+        if end is not None and not start < end < math.inf:
+            raise InputError(
+                f"end_seconds is {end} for {self.path}; it must be after the start, {start:g}"
+            )
+
+    @property
+    def is_whole(self) -> bool:
+        return self.start_seconds is None and self.end_seconds is None
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The times [start, end) as numbers, infinite where nothing bounds them."""
+        start, end = self.start_seconds, self.end_seconds
+        return -math.inf if start is None else start, math.inf if end is None else end
+
+
+@dataclass(frozen=True)
 class DecodedVideo:
     """The chosen frames of one video and what was lost while decoding them.
 
     Attributes:
         frames: (T, 3, H, W) uint8 RGB in the order of the chosen positions, or (T, ...)
             of whatever `transform` returned.
-        num_frames: frames in the whole video.
+        num_frames: frames in the whole video, or in the span of it that was asked for.
         skipped_packets: packets the decoder refused.
         corrupt_frames: frames the decoder marked as damaged.
         truncated: whether the file ends before its own structure says so.
@@ -140,6 +182,8 @@ def read_frames(
     path: str | os.PathLike[str],
     indices: Sequence[int],
     *,
+    start_seconds: float | None = None,
+    end_seconds: float | None = None,
     transform: FrameTransform | None = None,
     limits: Limits = Limits(),
     strict: bool = False,
@@ -149,6 +193,8 @@ def read_frames(
     Args:
         path: a video file, or a folder of .jpg or .png frames.
         indices: 0-based positions in presentation order; may repeat, in any order.
+        start_seconds: see `decode`.
+        end_seconds: see `decode`.
         transform: see `decode`.
         limits: see `decode`.
         strict: see `decode`.
@@ -160,13 +206,23 @@ def read_frames(
         InputError: if there are no indices or one is not in [0, number of frames).
         VideoError: if the video cannot be used.
     """
-    return decode(path, lambda _: indices, transform=transform, limits=limits, strict=strict).frames
+    return decode(
+        path,
+        lambda _: indices,
+        start_seconds=start_seconds,
+        end_seconds=end_seconds,
+        transform=transform,
+        limits=limits,
+        strict=strict,
+    ).frames
 
 
 def decode(
     path: str | os.PathLike[str],
     choose: Callable[[int], Sequence[int]],
     *,
+    start_seconds: float | None = None,
+    end_seconds: float | None = None,
     transform: FrameTransform | None = None,
     limits: Limits = Limits(),
     strict: bool = False,
@@ -183,6 +239,10 @@ def decode(
         choose: maps the number of frames to 0-based positions in presentation order,
             which may repeat, in any order. Called again if decoding an odd file shows
             another number of frames than its packets promised.
+        start_seconds: with `end_seconds`, the span of the video that counts, as if there were
+            no other frames: those shown at [start, end), in seconds since the first frame.
+            Where a file stores no times (AVI, raw streams), its frame rate gives them.
+        end_seconds: None is the end of the video.
         transform: maps a (3, H, W) uint8 RGB frame to a tensor. Runs inside the decoding
             loop, so that no more than one full-size frame is held; may run twice on a
             frame of an odd file. Without it, frames of another size than the first
@@ -194,14 +254,17 @@ def decode(
         The frames in the order of the positions, and what was lost.
 
     Raises:
-        InputError: if `choose` picks nothing or a position that does not exist.
+        InputError: if `choose` picks nothing or a position that does not exist, or the span
+            is empty.
         VideoError: if the video cannot be used. Its `reason` is `missing`, `not-a-file`,
             `permission`, `empty`, `unreadable`, `not-a-video`, `no-video-stream`,
-            `unsupported-codec`, `no-frames`, `too-large`, `too-long`, `timeout`,
-            `not-an-image` (in a folder) or `damaged`: nothing could be decoded or, with
-            `strict`, not all.
+            `unsupported-codec`, `no-frames` (or none in the span), `no-times` (for a span),
+            `too-large`, `too-long`, `timeout`, `not-an-image` (in a folder) or `damaged`:
+            nothing could be decoded or, with `strict`, not all.
     """
-    source = _Source(os.fspath(path), transform, limits, time.monotonic() + limits.max_seconds)
+    span = Span(os.fspath(path), start_seconds, end_seconds)
+    deadline = time.monotonic() + limits.max_seconds
+    source = _Source(os.fspath(path), span, transform, limits, deadline)
     if os.path.isdir(path):
         video = _decode_folder(source, choose)
     else:
@@ -211,7 +274,7 @@ def decode(
             video = _decode_file(source, choose, is_cut_short)
         except VideoError as error:
             if is_cut_short and error.reason in ("not-a-video", "no-video-stream", "no-frames"):
-                message = "the file is cut short and nothing is readable; copy or download it again"
+                message = "the file is cut short before what is wanted; copy or download it again"
                 raise VideoError(source.path, "damaged", message) from None
             raise
     if strict and video.damaged:
@@ -228,6 +291,7 @@ class _Source:
     """What every step of one call needs to know."""
 
     path: str
+    span: Span
     transform: FrameTransform | None
     limits: Limits
     deadline: float
@@ -377,6 +441,15 @@ def _stalled(source: _Source) -> VideoError:
     return VideoError(source.path, "timeout", "reading stalled; check the disk or the network")
 
 
+def _no_frames(source: _Source, last_seconds: float) -> VideoError:
+    start, end = source.span.bounds
+    message = (
+        f"no frame is shown from {max(start, 0):g} to {end:g} seconds, the last one is at "
+        f"{last_seconds:.2f}; correct the span"
+    )
+    return VideoError(source.path, "no-frames", message)
+
+
 def _no_decoder(source: _Source) -> VideoError:
     message = "there is no decoder for its video codec; convert it to H.264"
     return VideoError(source.path, "unsupported-codec", message)
@@ -412,6 +485,24 @@ class _OpenVideo:
             return len(record) > 21 and record[21] >> 3 & 7 == 1
         # AV1 and VP9 decoders do not skip.
         return self.codec() == "h264"
+
+    def seconds(self, position: _Number, ticks: _Number | None) -> _Number:
+        """Return when frames are shown, in seconds since the first.
+
+        Args:
+            position: their positions in presentation order.
+            ticks: their pts, less the pts of the first frame.
+        """
+        # One rounding, by the division at the end: a time such as 0.04 is the same number here
+        # as in the list that names it.
+        if self.container.format.name in _FIXED_RATE_CONTAINERS and self.stream.guessed_rate:
+            rate = self.stream.guessed_rate
+            return position * rate.denominator / rate.numerator
+        if ticks is None or self.stream.time_base is None:
+            message = "its frames have no times, so no span of it can be read; convert it to MP4"
+            raise VideoError(self.source.path, "no-times", message)
+        base = self.stream.time_base
+        return ticks * base.numerator / base.denominator
 
 
 def _best_video(source: _Source, container: InputContainer) -> _OpenVideo:
@@ -571,15 +662,28 @@ def _scan(video: _OpenVideo) -> _Index:
     return _Index(pts, by_pts, np.flatnonzero(is_key), shown, is_sound)
 
 
-def _spans(index: _Index, packets: Iterable[int]) -> list[tuple[int, int]]:
+def _within(index: _Index, video: _OpenVideo) -> _Index:
+    """Leave only the frames that are shown in the span asked for."""
+    if video.source.span.is_whole:
+        return index
+    start, end = video.source.span.bounds
+    ticks = index.pts[index.shown] - index.pts[index.shown[0]]
+    seconds = video.seconds(np.arange(len(ticks)), ticks)
+    is_inside = (start <= seconds) & (seconds < end)
+    if index.is_sound and not is_inside.any():
+        raise _no_frames(video.source, float(seconds[-1]))
+    return replace(index, shown=index.shown[is_inside])
+
+
+def _stretches(index: _Index, packets: Iterable[int]) -> list[tuple[int, int]]:
     """Return the stretches [first, last] of packets to decode, without overlap."""
-    spans: list[tuple[int, int]] = []
+    stretches: list[tuple[int, int]] = []
     for first, last in sorted((index.start_for(packet), packet) for packet in packets):
-        if spans and first <= spans[-1][1] + 1:
-            spans[-1] = (spans[-1][0], max(last, spans[-1][1]))
+        if stretches and first <= stretches[-1][1] + 1:
+            stretches[-1] = (stretches[-1][0], max(last, stretches[-1][1]))
         else:
-            spans.append((first, last))
-    return spans
+            stretches.append((first, last))
+    return stretches
 
 
 # The two ways of decoding
@@ -591,9 +695,10 @@ def _decode_file(
     with _open(source, source.path) as container:
         video = _best_video(source, container)
         index = _scan(video)
-        num_frames = len(index.shown)
-        if num_frames == 0:
+        if len(index.shown) == 0:
             raise VideoError(source.path, "no-frames", "its video stream is empty")
+        index = _within(index, video)
+        num_frames = max(1, len(index.shown))
         if (
             index.is_sound
             and not is_cut_short
@@ -618,9 +723,9 @@ def _decode_planned(video: _OpenVideo, index: _Index, chosen: _ChosenFrames) -> 
         _SurpriseError: if anything is not as the index says.
     """
     positions = {int(index.shown[position]): position for position in chosen.wanted}
-    for first, last in _spans(index, positions):
+    for first, last in _stretches(index, positions):
         video.container.seek(int(index.pts[first]), stream=video.stream)
-        for frame in _span_frames(video, index, (first, last), positions):
+        for frame in _stretch_frames(video, index, (first, last), positions):
             if frame.is_corrupt or frame.interlaced_frame:  # a field may be a packet
                 raise _SurpriseError
             number = index.packet_at(frame.pts)
@@ -631,11 +736,11 @@ def _decode_planned(video: _OpenVideo, index: _Index, chosen: _ChosenFrames) -> 
         raise _SurpriseError
 
 
-def _span_frames(
-    video: _OpenVideo, index: _Index, span: tuple[int, int], wanted: Container[int]
+def _stretch_frames(
+    video: _OpenVideo, index: _Index, stretch: tuple[int, int], wanted: Container[int]
 ) -> Iterator[VideoFrame]:
     """Yield what the decoder gives for a stretch of packets, the wanted frames among it."""
-    first, last = span
+    first, last = stretch
     context = video.stream.codec_context
     can_skip = video.can_skip()
     number = None
@@ -668,7 +773,8 @@ def _decode_all(
     losses = _Losses(is_cut_short)
     num_frames = 0
     with _open(source, source.path) as container:
-        for frame in _all_frames(_best_video(source, container), losses):
+        video = _best_video(source, container)
+        for frame in _in_span(video, _all_frames(video, losses)):
             chosen.offer(num_frames, frame)
             num_frames += 1
     if num_frames == 0:
@@ -711,8 +817,29 @@ def _all_frames(video: _OpenVideo, losses: _Losses) -> Iterator[VideoFrame]:
             return
 
 
+def _in_span(video: _OpenVideo, frames: Iterator[VideoFrame]) -> Iterator[VideoFrame]:
+    """Yield the frames that are shown in the span asked for."""
+    if video.source.span.is_whole:
+        yield from frames
+        return
+    start, end = video.source.span.bounds
+    seconds, is_empty, first = 0.0, True, None
+    for position, frame in enumerate(frames):
+        first = frame.pts if position == 0 else first
+        ticks = None if frame.pts is None or first is None else frame.pts - first
+        seconds = video.seconds(position, ticks)
+        if start <= seconds < end:
+            is_empty = False
+            yield frame
+    if is_empty:
+        raise _no_frames(video.source, seconds)
+
+
 def _decode_folder(source: _Source, choose: Callable[[int], Sequence[int]]) -> DecodedVideo:
     """Decode the chosen images of a folder; each image is a frame."""
+    if not source.span.is_whole:
+        message = "the frames of a folder have no times; use the video file, or the whole folder"
+        raise VideoError(source.path, "no-times", message)
     try:
         names = [name for name in os.listdir(source.path) if _is_a(name, IMAGE_EXTENSIONS)]
     except OSError as error:
@@ -723,7 +850,7 @@ def _decode_folder(source: _Source, choose: Callable[[int], Sequence[int]]) -> D
             "no-frames",
             "no .jpg or .png frames in this folder, which is read as one video",
         )
-    names.sort(key=_by_number)
+    names.sort(key=by_number)
     source.check_length(len(names), 0.0)
     chosen = _ChosenFrames(source, choose(len(names)))
     chosen.check(len(names))
@@ -755,7 +882,7 @@ def _image(source: _Source, name: str, losses: _Losses) -> VideoFrame:
     return frame
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
+def by_number(name: str) -> list[tuple[int, str]]:
     """Sort key that puts img_2 before img_10."""
     parts = re.findall(r"([0-9]+)|([^0-9]+)", name)
     return [(int(number or 0), text) for number, text in parts]

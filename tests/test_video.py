@@ -26,7 +26,7 @@ from video_files import (
 
 from actionclip import video
 from actionclip.errors import InputError, VideoError
-from actionclip.video import Limits, decode, find_videos, read_frames
+from actionclip.video import Limits, Span, decode, find_videos, read_frames
 
 OPEN_GOP = {"x264-params": "open-gop=1:keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0"}
 X265 = "log-level=none:pools=1:keyint=12:min-keyint=12"
@@ -123,15 +123,21 @@ def assert_exact(path, expected):
         np.testing.assert_array_equal(frames.numpy(), np.stack([expected[i] for i in indices]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_chosen_frames_equal_decoding_everything(kind, tmp_path, sequential):
-    name, arguments, is_planned = KINDS[kind]
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory):
+    """A video of each kind, its frames, and whether the plan holds for it."""
+    name, arguments, is_planned = KINDS[request.param]
     codec = arguments.get("codec", "libx264")
     if codec not in codecs_available:
         pytest.skip(f"this PyAV build cannot write {codec}")
-    path = write_video(tmp_path / name, **arguments)
+    path = write_video(tmp_path_factory.mktemp("kind") / name, **arguments)
     expected = decode_plainly(path)
     assert len(expected) == arguments.get("num_frames", 30)
+    return path, expected, is_planned
+
+
+def test_chosen_frames_equal_decoding_everything(kind, sequential):
+    path, expected, is_planned = kind
     assert_exact(path, expected)
     if is_planned is not None:
         assert bool(sequential) is not is_planned
@@ -154,35 +160,35 @@ def test_only_a_part_is_decoded(h264_video, monkeypatch):
 
 def test_frames_that_no_other_needs_are_skipped(h264_video, monkeypatch):
     decoded = []
-    original = video._span_frames
+    original = video._stretch_frames
 
     def counted(*arguments):
         for frame in original(*arguments):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(video, "_span_frames", counted)
+    monkeypatch.setattr(video, "_stretch_frames", counted)
     read_frames(h264_video, [11])
     assert 0 < len(decoded) < 12
 
 
-def test_spans_join_where_they_touch():
+def test_stretches_join_where_they_touch():
     # Two GOPs of 4 packets, in file order I0 P3 B1 B2 | I6 B4 B5 P7: 4 and 5 also need I0.
     pts = np.array([0, 3, 1, 2, 6, 4, 5, 7])
     order = np.argsort(pts)
     index = video._Index(pts, order, np.array([0, 4]), order, True)
-    assert video._spans(index, [2]) == [(0, 2)]
-    assert video._spans(index, [7]) == [(4, 7)]
-    assert video._spans(index, [1, 7]) == [(0, 1), (4, 7)]
-    assert video._spans(index, [3, 7]) == [(0, 7)]
-    assert video._spans(index, [7, 5]) == [(0, 7)]
+    assert video._stretches(index, [2]) == [(0, 2)]
+    assert video._stretches(index, [7]) == [(4, 7)]
+    assert video._stretches(index, [1, 7]) == [(0, 1), (4, 7)]
+    assert video._stretches(index, [3, 7]) == [(0, 7)]
+    assert video._stretches(index, [7, 5]) == [(0, 7)]
 
 
 def test_temporal_layers_forbid_skipping_in_hevc(tmp_path):
     for layers, can_skip in ((1, True), (3, False)):
         options = {"x265-params": X265 + (":temporal-layers=3" if layers > 1 else "")}
         path = write_video(tmp_path / f"{layers}.mp4", 5, codec="libx265", options=options)
-        source = video._Source(str(path), None, Limits(), float("inf"))
+        source = video._Source(str(path), video.Span(path), None, Limits(), float("inf"))
         with video._open(source, str(path)) as container:
             assert video._best_video(source, container).can_skip() is can_skip
 
@@ -299,6 +305,112 @@ def test_an_index_out_of_range_is_named(h264_video, index):
 def test_choosing_nothing_is_an_error(h264_video):
     with pytest.raises(InputError, match="no frames were chosen"):
         read_frames(h264_video, [])
+
+
+# Spans of time
+
+
+def times_of(path, frames_a_second=None):
+    """Return when each frame is shown, in seconds since the first, decoding everything."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(container.streams.best("video")))
+    if frames_a_second:  # no times in the file
+        return [i / frames_a_second for i in range(len(frames))]
+    return [float((frame.pts - frames[0].pts) * frame.time_base) for frame in frames]
+
+
+def test_a_span_is_a_video_of_its_own(kind, sequential):
+    path, expected, is_planned = kind
+    times = times_of(path, 25 if path.suffix in (".avi", ".h264") else None)
+    assert times == sorted(times)
+    last = times[-1]
+    middle = times[len(times) // 2]
+    spans = [(None, last / 2 + 0.02), (last / 2, None), (last / 3, last + 0.02)]
+    for start, end in (*spans, (middle, middle + 0.001), (0.0, 1e9)):
+        inside = [i for i, t in enumerate(times) if (start or 0) <= t < (end or 1e9)]
+        counts = []
+
+        def choose(n, counts=counts):
+            counts.append(n)
+            return [0, n // 2, n - 1]
+
+        result = decode(path, choose, start_seconds=start, end_seconds=end)
+        assert counts[-1] == result.num_frames == len(inside)
+        chosen = [inside[i] for i in (0, len(inside) // 2, -1)]
+        np.testing.assert_array_equal(
+            result.frames.numpy(), np.stack([expected[i] for i in chosen])
+        )
+    if is_planned is not None:
+        assert bool(sequential) is not is_planned
+
+
+def test_a_span_starts_at_its_start_and_stops_before_its_end(h264_video, monkeypatch):
+    for codecs in (video._PLANNED_CODECS, frozenset()):
+        monkeypatch.setattr(video, "_PLANNED_CODECS", codecs)
+        for first in (3, 7, 14, 29, 58):
+            # Frames are 0.04 s apart; a decimal number and the time in the file must be equal.
+            start, end = round(first * 0.04, 2), round((first + 1) * 0.04, 2)
+            result = decode(h264_video, lambda n: [0], start_seconds=start, end_seconds=end)
+            assert result.num_frames == 1
+        end = round(60 * 0.04, 2)
+        frames = read_frames(h264_video, [0], start_seconds=round(59 * 0.04, 2), end_seconds=end)
+        assert torch.equal(frames, read_frames(h264_video, [59]))
+
+
+def test_damage_outside_of_a_span_does_no_harm(damaged_video, h264_video):
+    frames = read_frames(damaged_video, [2], start_seconds=1.92, strict=True)
+    assert torch.equal(frames, read_frames(h264_video, [50]))
+    result = decode(damaged_video, range, start_seconds=0.4, end_seconds=1.2)
+    assert result.damaged
+    assert result.num_frames == 17
+
+
+@pytest.mark.parametrize("codecs", [video._PLANNED_CODECS, frozenset()])
+def test_a_span_without_frames(codecs, h264_video, monkeypatch):
+    monkeypatch.setattr(video, "_PLANNED_CODECS", codecs)
+    message = "no frame is shown from 5 to 7.5 seconds, the last one is at 2.36; correct the span"
+    with pytest.raises(VideoError, match=message) as caught:
+        read_frames(h264_video, [0], start_seconds=5, end_seconds=7.5)
+    assert caught.value.reason == "no-frames"
+    with pytest.raises(VideoError, match=r"from 0\.01 to 0\.02 seconds"):
+        read_frames(h264_video, [0], start_seconds=0.01, end_seconds=0.02)
+
+
+def test_a_span_without_frames_where_only_decoding_tells(tmp_path):
+    path = write_video(tmp_path / "a.h264", container="h264")
+    with pytest.raises(VideoError, match=r"from 5 to inf seconds, the last one is at 1\.16"):
+        decode(path, lambda n: [n // n - 1], start_seconds=5)  # n is never 0
+
+
+def test_a_span_of_a_cut_file(tmp_path):
+    whole = write_video(tmp_path / "whole.avi", 60, size=(160, 120))
+    path = cut(whole, tmp_path / "a.avi", 0.5)
+    assert decode(path, lambda n: [0], end_seconds=0.4).num_frames == 10
+    with pytest.raises(VideoError, match=r"damaged: the file is cut short .* download"):
+        read_frames(path, [0], start_seconds=2)
+
+
+def test_positions_are_those_of_the_span(h264_video):
+    with pytest.raises(InputError, match=r"frame index 10 is out of range: .* 10 frames, 0 to 9"):
+        read_frames(h264_video, [10], start_seconds=1, end_seconds=1.4)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "message"),
+    [
+        (-1, None, "start_seconds is -1 for .*; use 0 or more"),
+        (float("nan"), None, "start_seconds is nan"),
+        (float("inf"), None, "start_seconds is inf"),
+        (2, 2, "end_seconds is 2 for .*; it must be after the start, 2"),
+        (None, 0, "end_seconds is 0"),
+        (None, float("nan"), "end_seconds is nan"),
+    ],
+)
+def test_an_impossible_span(start, end, message, h264_video):
+    with pytest.raises(InputError, match=message):
+        read_frames(h264_video, [0], start_seconds=start, end_seconds=end)
+    with pytest.raises(InputError, match=message):
+        Span(h264_video, start, end)
 
 
 # Damage
@@ -603,6 +715,11 @@ def test_folder_errors_name_the_image(frame_folder):
     with pytest.raises(VideoError, match=r"empty: frame img_00003.png"):
         read_frames(frame_folder, [2])
     assert read_frames(frame_folder, [0, 3]).shape == (2, 3, 32, 48)
+
+
+def test_the_frames_of_a_folder_have_no_times(frame_folder):
+    with pytest.raises(VideoError, match="no-times: the frames of a folder have no times"):
+        read_frames(frame_folder, [0], start_seconds=0.5)
 
 
 def test_a_folder_without_images(tmp_path):
