@@ -67,13 +67,13 @@ def read_templates(name_or_file: str) -> tuple[str, ...]:
 
 def _lines(path: Path) -> list[str]:
     # Not splitlines(), which also breaks at characters that editors do not show as a new line.
-    lines = (line.strip() for line in io.StringIO(_read_text(path), newline=None))
+    lines = (line.strip() for line in io.StringIO(read_text(path, MAX_FILE_BYTES), newline=None))
     return [line for line in lines if line]
 
 
 def _csv_names(path: Path) -> list[str]:
     # `strict`: without it an open quote silently swallows the rows up to the next quote.
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path, MAX_FILE_BYTES), newline=""), strict=True)
     try:
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if row]
     except csv.Error as error:
@@ -105,14 +105,19 @@ def _csv_names(path: Path) -> list[str]:
     return names
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path, max_bytes: int) -> str:
+    """Return the text of a user's file: UTF-8, or UTF-16 with a byte order mark.
+
+    Raises:
+        InputError: if it cannot be read, is larger than `max_bytes` or is not text.
+    """
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(max_bytes + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise InputError(f"{path}: is over {MAX_FILE_BYTES} bytes; that is not a list of names")
+    if len(data) > max_bytes:
+        raise InputError(f"{path}: is over {max_bytes} bytes; that is not a list")
     is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if is_utf16 else "utf-8-sig")

@@ -44,19 +44,23 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
 
 
 def row(result: VideoResult, top_k: int) -> dict[str, Any]:
-    """Return the result as the JSON object that the documentation describes."""
-    predictions = []
-    if result.prediction is not None:
-        best = top_labels(result.prediction.labels, result.prediction.scores, top_k)
-        predictions = [{"label": label, "score": round(score, 6)} for label, score in best]
-    return {
+    """Return the result as the JSON object that the documentation describes.
+
+    With `top_k` 0, of a command that predicts nothing, it has no predictions.
+    """
+    values: dict[str, Any] = {
         "path": result.path,
         "status": result.status,
         "reason": result.reason,
         "message": result.message,
         "frames": result.num_frames,
-        "predictions": predictions,
     }
+    if top_k:
+        values["predictions"] = []
+    if top_k and result.prediction is not None:
+        best = top_labels(result.prediction.labels, result.prediction.scores, top_k)
+        values["predictions"] = [{"label": x, "score": round(score, 6)} for x, score in best]
+    return values
 
 
 class JsonLinesWriter:
@@ -92,22 +96,27 @@ class JsonWriter(JsonLinesWriter):
 class CsvWriter(JsonLinesWriter):
     """One line a prediction, best first, and one for each video without any."""
 
-    COLUMNS = ("path", "status", "reason", "message", "frames", "rank", "label", "score")
+    COLUMNS = ("path", "status", "reason", "message", "frames")
+    PREDICTION_COLUMNS = ("rank", "label", "score")
 
     def __init__(self, file: IO[str], top_k: int) -> None:
         super().__init__(file, top_k)
-        self.csv = csv.DictWriter(file, self.COLUMNS, lineterminator="\n")
+        columns = (*self.COLUMNS, *(self.PREDICTION_COLUMNS if top_k else ()))
+        self.csv = csv.DictWriter(file, columns, lineterminator="\n")
         self.csv.writeheader()
 
     def write(self, result: VideoResult) -> None:
         values = row(result, self.top_k)
-        for rank, prediction in enumerate(values.pop("predictions") or [{}], start=1):
-            self.csv.writerow({**values, "rank": rank if prediction else None, **prediction})
+        predictions = values.pop("predictions", [])
+        if not predictions:
+            self.csv.writerow(values)
+        for rank, prediction in enumerate(predictions, start=1):
+            self.csv.writerow({**values, "rank": rank, **prediction})
         self.file.flush()
 
 
 class TableWriter(JsonLinesWriter):
-    """The path, then a score, a label and a bar a line."""
+    """The path, then a score, a label and a bar a line, or what is wrong."""
 
     def __init__(self, file: IO[str], top_k: int) -> None:
         super().__init__(file, top_k)
@@ -115,11 +124,13 @@ class TableWriter(JsonLinesWriter):
 
     def write(self, result: VideoResult) -> None:
         lines = [one_line(result.path)]
-        if result.status != "ok":
+        if result.status != "ok" and self.top_k == 0:
+            lines.append(f"  {result.reason}: {one_line(result.message or '')}")
+        elif result.status != "ok":
             lines.append(
                 f"  {result.status}" + (f": {result.reason}" if not result.prediction else "")
             )
-        predictions = row(result, self.top_k)["predictions"]
+        predictions = row(result, self.top_k).get("predictions", [])
         labels = [one_line(prediction["label"]) for prediction in predictions]
         width = max(map(len, labels), default=0)
         for label, prediction in zip(labels, predictions, strict=True):

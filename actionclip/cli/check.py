@@ -1,0 +1,156 @@
+"""`actionclip-check`: decode every video of a data set and list what is broken."""
+
+import argparse
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+import torch
+from tqdm import tqdm
+
+from actionclip.annotations import Sample, describe, read_video_list
+from actionclip.classifier import VideoResult
+from actionclip.cli import command
+from actionclip.cli.command import ExitCode
+from actionclip.cli.report import WRITERS, open_output
+from actionclip.errors import InputError, VideoError
+from actionclip.labels import read_labels
+from actionclip.video import Limits, decode
+
+PROG = "actionclip-check"
+
+EPILOG = """\
+exit codes:
+  0 every video is there and whole  2 the command or its input was wrong
+  3 some are missing or broken      5 the output cannot be written
+  1 an error of this program        130, 143 interrupted, terminated
+
+examples:
+  %(prog)s clips/
+  %(prog)s train.csv --videos /data/kinetics --format jsonl --output checked.jsonl
+  %(prog)s ucfTrainTestlist/ --split test1
+"""
+
+# An hour for one video: to read all of a film takes longer than to read a few of its frames.
+LIMITS = Limits(max_seconds=3600.0)
+
+
+def build_parser() -> command.OneLineParser:
+    """Describe the command's arguments."""
+    parser = command.build_parser(
+        PROG, "Decode every frame of a data set's videos and list the missing and broken ones."
+    )
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "data", metavar="DATA", help="folder with a folder per class, or a list in a known format"
+    )
+    parser.add_argument(
+        "--videos", metavar="DIR", help="folder that the paths of a list start from"
+    )
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="the classes: .txt with a label a line, or .csv with columns id,name "
+        "(default: those that the data names)",
+    )
+    parser.add_argument("--split", metavar="S", help="part of the data, such as test1 or val")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="videos decoded at a time (default: one a core)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=tuple(WRITERS),
+        default="table",
+        help="the table holds the videos with a fault, the others all (default: %(default)s)",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write there, not to standard output")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return command.run(build_parser(), check, argv)
+
+
+def check(args: argparse.Namespace) -> ExitCode:
+    """Decode every video of the list and report each that is not whole."""
+    if args.workers < 1:
+        raise InputError(f"--workers is {args.workers}, it must be at least 1")
+    refuse_to_overwrite(args)
+    class_names = None if args.labels is None else read_labels([args.labels])
+    videos = read_video_list(
+        args.data, videos=args.videos, class_names=class_names, split=args.split
+    )
+    for line in describe(videos):
+        command.say(PROG, line)
+    counts = {"ok": 0, "damaged": 0, "error": 0, "missing": 0}
+    total = len(videos.samples) + len(videos.missing)
+    hidden = not sys.stderr.isatty()
+    with open_output(args.output) as file:
+        writer = WRITERS[args.format](file, top_k=0)
+        results = decode_all(videos.samples, videos.missing, videos.root, args.workers)
+        for result in tqdm(results, total=total, unit="video", disable=hidden, file=sys.stderr):
+            counts["missing" if result.reason == "missing" else result.status] += 1
+            with tqdm.external_write_mode(file=sys.stderr):
+                if args.format != "table" or result.status != "ok":
+                    writer.write(result)
+        writer.close()
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items())
+    command.say(PROG, f"{total} videos: {summary}")
+    return ExitCode.DONE if counts["ok"] == total else ExitCode.SOME_FAILED
+
+
+def refuse_to_overwrite(args: argparse.Namespace) -> None:
+    """Refuse an output that is one of the inputs."""
+    if args.output is None or not os.path.exists(args.output):
+        return
+    for name in filter(None, (args.data, args.labels)):
+        if os.path.exists(name) and os.path.samefile(name, args.output):
+            raise InputError(f"--output {args.output} is also an input; name another file")
+
+
+def decode_all(
+    samples: Iterable[Sample], missing: Iterable[str], root: str, workers: int
+) -> Iterator[VideoResult]:
+    """Yield what decoding each sample gives, in order, then the missing ones."""
+    source = iter(samples)
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="actionclip-check")
+    waiting: deque[Future[VideoResult]] = deque()
+    try:
+        # Two videos a worker: one in hand, one done, so that a slow one holds up few.
+        while True:
+            room = 2 * workers - len(waiting)
+            waiting.extend(executor.submit(decode_one, s) for s in islice(source, room))
+            if not waiting:
+                break
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    for name in missing:
+        yield VideoResult(name, "error", "missing", f"not in {root}; restore it or use --videos")
+
+
+def decode_one(sample: Sample) -> VideoResult:
+    """Decode every frame of a sample and keep none."""
+    nothing = torch.zeros(())
+    try:
+        video = decode(
+            sample.path,
+            range,
+            start_seconds=sample.start_seconds,
+            end_seconds=sample.end_seconds,
+            transform=lambda frame: nothing,
+            limits=LIMITS,
+        )
+    except VideoError as error:
+        return VideoResult(sample.path, "error", error.reason, error.message)
+    if video.damaged:
+        return VideoResult(sample.path, "damaged", "damaged", video.damage, video.num_frames)
+    return VideoResult(sample.path, "ok", num_frames=video.num_frames)
