@@ -199,8 +199,9 @@ def config_from_json(text: str) -> ActionCLIPConfig:
         clip = dict(values.pop("clip"))
         if isinstance(clip["vision_layers"], list):
             clip["vision_layers"] = tuple(clip["vision_layers"])
-        for name in ("pixel_mean", "pixel_std"):
-            values[name] = tuple(values[name])
+        for name in ("pixel_mean", "pixel_std", "templates"):
+            if name in values:
+                values[name] = tuple(values[name])
         return ActionCLIPConfig(clip=CLIPConfig(**clip), **values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"the configuration stored in the file is not ours: {error}") from error

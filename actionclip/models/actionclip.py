@@ -25,6 +25,7 @@ from actionclip.models.temporal import (
     TemporalTransformer,
     TemporalTransformerCls,
 )
+from actionclip.prompts import TEMPLATES
 from actionclip.similarity import cosine_logits
 from actionclip.transforms import CLIP_MEAN, CLIP_STD
 
@@ -43,6 +44,7 @@ class ActionCLIPConfig:
         official_conv1d: see `TemporalConv.official_reshape`.
         pixel_mean: RGB mean that normalises pixels in [0, 1].
         pixel_std: RGB standard deviation that does.
+        templates: prompt templates that the model was trained with.
     """
 
     clip: CLIPConfig
@@ -51,6 +53,7 @@ class ActionCLIPConfig:
     official_conv1d: bool = False
     pixel_mean: tuple[float, float, float] = CLIP_MEAN
     pixel_std: tuple[float, float, float] = CLIP_STD
+    templates: tuple[str, ...] = TEMPLATES["actionclip"]
 
 
 class ActionCLIP(nn.Module):
@@ -168,7 +171,10 @@ class ActionCLIP(nn.Module):
             raise ValueError(
                 f"videos have shape {tuple(videos.shape)}, expected (B, T, 3, {side}, {side})"
             )
-        return self.temporal(self.encode_frames(videos))
+        frame_embeddings = self.encode_frames(videos)
+        # The heads are small and stay in fp32 where autocast halves the encoders.
+        with torch.autocast(videos.device.type, enabled=False):
+            return self.temporal(frame_embeddings)
 
     def logits(
         self,

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Activation = Literal["quick_gelu", "gelu"]
 
@@ -65,20 +66,33 @@ class MLP(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Pre-norm transformer block: x += attention(norm x); x += mlp(norm x)."""
+    """Pre-norm transformer block: x += attention(norm x); x += mlp(norm x).
+
+    Attributes:
+        drop_path: probability with which training skips a branch of a sample (stochastic
+            depth, arXiv:1603.09382).
+    """
 
     def __init__(
         self, width: int, heads: int, activation: Activation, norm_eps: float = 1e-5
     ) -> None:
         super().__init__()
+        self.drop_path = 0.0
         self.attn = SelfAttention(width, heads)
         self.ln_1 = LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, activation)
         self.ln_2 = LayerNorm(width, eps=norm_eps)
 
     def forward(self, x: Tensor, causal: bool = False) -> Tensor:
-        x = x + self.attn(self.ln_1(x), causal)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self._drop(self.attn(self.ln_1(x), causal))
+        return x + self._drop(self.mlp(self.ln_2(x)))
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        """Zero the branch (N, L, C) of some samples and scale the others up, in training."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * (branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep)
 
 
 class Transformer(nn.Module):
@@ -91,6 +105,10 @@ class Transformer(nn.Module):
         activation: of the blocks' MLPs.
         causal: whether a position sees only itself and the positions before it.
         norm_eps: epsilon of the blocks' layer norms.
+
+    Attributes:
+        recompute: keep only the blocks' inputs for the backward pass and compute the rest
+            again there: a fifth more time for less memory (activation checkpointing).
     """
 
     def __init__(
@@ -105,6 +123,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.causal = causal
+        self.recompute = False
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(width, heads, activation, norm_eps) for _ in range(layers)
         )
@@ -122,5 +141,8 @@ class Transformer(nn.Module):
         for block in self.resblocks:
             if before_block is not None:
                 x = before_block(x)
-            x = block(x, self.causal)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, self.causal, use_reentrant=False)
+            else:
+                x = block(x, self.causal)
         return x
