@@ -2,9 +2,14 @@
 
 import sys
 
-from actionclip.cli import zeroshot
+from actionclip.cli import check, eval, synthetic, zeroshot
 
-COMMANDS = {"zeroshot": zeroshot.main}
+COMMANDS = {
+    "zeroshot": zeroshot.main,
+    "eval": eval.main,
+    "check": check.main,
+    "synthetic": synthetic.main,
+}
 
 
 def main(argv: list[str]) -> int:

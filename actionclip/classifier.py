@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +26,9 @@ from actionclip.sampling import view_indices
 from actionclip.similarity import EVALUATION_SCALE, fuse_templates, fuse_views
 from actionclip.tokenizer import tokenize
 from actionclip.transforms import Preprocessing, normalize, views
-from actionclip.video import DecodedVideo, Limits, decode
+from actionclip.video import DecodedVideo, Limits, Span, decode
 
-VideoPath = str | os.PathLike[str]
+Video = str | os.PathLike[str] | Span
 
 # Tokens of one text batch: enough to fill the matrix units, small enough to stay in cache.
 TOKENS_PER_BATCH = 4096
@@ -64,11 +64,11 @@ class VideoResult:
     """What became of one video of a stream.
 
     Attributes:
-        path: the video as it was named.
+        path: the video as it was named; of a span, its file.
         status: "damaged" has scores, from the frames that could be decoded.
         reason: one word for programs, unless `status` is "ok".
         message: one sentence for people, unless `status` is "ok".
-        num_frames: frames in the video, if it could be decoded.
+        num_frames: frames in the video or span, if it could be decoded.
         prediction: None if `status` is "error".
     """
 
@@ -86,7 +86,8 @@ class VideoClassifier:
     Args:
         model: any model of this package; it is put into eval mode.
         labels: K distinct class names.
-        templates: a name in `prompts.TEMPLATES`, or templates with one `{}` each.
+        templates: a name in `prompts.TEMPLATES`, or templates with one `{}` each; None is
+            the model's own, those it was trained with.
         num_clips: temporal views of a video.
         num_crops: spatial views of each temporal one, 1 (centre) or 3 (along the long side).
         raw_labels: fill labels into the templates as they are. By default names such as
@@ -109,7 +110,7 @@ class VideoClassifier:
         model: ActionCLIP,
         labels: Sequence[str],
         *,
-        templates: str | Sequence[str] = "actionclip",
+        templates: str | Sequence[str] | None = None,
         num_clips: int = 1,
         num_crops: int = 1,
         raw_labels: bool = False,
@@ -130,7 +131,9 @@ class VideoClassifier:
             raise InputError(f"scale is {scale}, it must be positive and finite")
         if num_crops not in (1, 3):
             raise InputError(f"num_crops is {num_crops}; use 1 or 3")
-        if isinstance(templates, str):
+        if templates is None:
+            templates = model.config.templates
+        elif isinstance(templates, str):
             if templates not in TEMPLATES:
                 raise InputError(
                     f"templates={templates!r} is unknown; choose from {', '.join(TEMPLATES)} "
@@ -139,6 +142,8 @@ class VideoClassifier:
             templates = TEMPLATES[templates]
         self.model = model.eval()
         self.labels = tuple(check_class_names(labels))
+        self.templates = tuple(templates)
+        self.raw_labels = raw_labels
         self.num_clips = num_clips
         self.num_crops = num_crops
         self.scale = scale
@@ -165,12 +170,12 @@ class VideoClassifier:
                 stacklevel=2,
             )
 
-    def __call__(self, videos: VideoPath | Tensor | Iterable[VideoPath | Tensor]) -> Prediction:
+    def __call__(self, videos: Video | Tensor | Iterable[Video | Tensor]) -> Prediction:
         """Classify one video or a list of videos.
 
         Args:
-            videos: a path, or a tensor of frames (T, 3, H, W) uint8 of any size and number,
-                or a list of either.
+            videos: a path, a `video.Span`, or a tensor of frames (T, 3, H, W) uint8 of any
+                size and number, or a list of these.
 
         Returns:
             Scores (K,) for one video, (B, K) for a list.
@@ -180,7 +185,7 @@ class VideoClassifier:
                 warning, unless `strict`.
             InputError: if frames are not of that shape and type, or the list is empty.
         """
-        if isinstance(videos, str | os.PathLike | Tensor):
+        if isinstance(videos, str | os.PathLike | Span | Tensor):
             return Prediction(self.labels, self([videos]).scores[0])
         scores = []
         for outcome in self._classify(videos):
@@ -194,21 +199,21 @@ class VideoClassifier:
             raise InputError("the list of videos is empty")
         return Prediction(self.labels, torch.stack(scores))
 
-    def stream(self, paths: Iterable[VideoPath]) -> Iterator[VideoResult]:
+    def stream(self, videos: Iterable[Video]) -> Generator[VideoResult, None, None]:
         """Classify videos one after another, in order, without stopping at a bad one.
 
         Results come when a batch is full; with `workers=0, batch_size=1` each comes before
-        the next path is taken.
+        the next video is taken. Closing the generator early ends its threads.
 
         Args:
-            paths: any number of them; taken a few ahead of the results.
+            videos: any number of paths or `video.Span`s; taken a few ahead of the results.
 
         Yields:
-            One result for each path.
+            One result for each video.
         """
-        if isinstance(paths, str | os.PathLike):
-            raise InputError(f"stream takes a list of paths, got the single path {paths!r}")
-        for outcome in self._classify(paths):
+        if isinstance(videos, str | os.PathLike | Span):
+            raise InputError(f"stream takes a list of paths, got the single path {videos!r}")
+        for outcome in self._classify(videos):
             if outcome.error is not None:
                 reason, message = outcome.error.reason, outcome.error.message
                 yield VideoResult(outcome.name, "error", reason, message)
@@ -223,7 +228,7 @@ class VideoClassifier:
                 Prediction(self.labels, outcome.scores),
             )
 
-    def _classify(self, videos: Iterable[VideoPath | Tensor]) -> Iterator["_Outcome"]:
+    def _classify(self, videos: Iterable[Video | Tensor]) -> Iterator["_Outcome"]:
         """Decode ahead, gather views into batches, score, and keep the order."""
         pending: list[_Outcome] = []
         for outcome in self._prepare_ahead(videos):
@@ -234,7 +239,7 @@ class VideoClassifier:
                 pending = []
         yield from self._score(pending)
 
-    def _prepare_ahead(self, videos: Iterable[VideoPath | Tensor]) -> Iterator["_Outcome"]:
+    def _prepare_ahead(self, videos: Iterable[Video | Tensor]) -> Iterator["_Outcome"]:
         if self.workers == 0:
             yield from map(self._prepare, videos)
             return
@@ -252,7 +257,7 @@ class VideoClassifier:
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _prepare(self, video: VideoPath | Tensor) -> "_Outcome":
+    def _prepare(self, video: Video | Tensor) -> "_Outcome":
         """Cut the views (V, T, 3, R, R) of one video, or note why it cannot be used."""
         cut = partial(views, preprocessing=self.preprocessing, num_crops=self.num_crops)
         if isinstance(video, Tensor):
@@ -264,14 +269,21 @@ class VideoClassifier:
             indices = self._choose(len(video))
             frames = torch.stack([cut(video[i]) for i in indices])
             return _Outcome("frames", views=self._arrange(frames), num_frames=len(video))
-        if not isinstance(video, str | os.PathLike):
+        if not isinstance(video, str | os.PathLike | Span):
             raise InputError(
                 f"a video is a {type(video).__name__}; pass a path or a tensor (T, 3, H, W) uint8"
             )
-        name = os.fspath(video)
+        span = video if isinstance(video, Span) else Span(video)
+        name = os.fspath(span.path)
         try:
             decoded: DecodedVideo = decode(
-                name, self._choose, transform=cut, limits=self.limits, strict=self.strict
+                name,
+                self._choose,
+                start_seconds=span.start_seconds,
+                end_seconds=span.end_seconds,
+                transform=cut,
+                limits=self.limits,
+                strict=self.strict,
             )
         except VideoError as error:
             return _Outcome(name, error=error)

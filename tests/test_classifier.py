@@ -16,7 +16,7 @@ from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
 from actionclip.prompts import TEMPLATES, fill_templates
 from actionclip.sampling import segment_indices
 from actionclip.tokenizer import tokenize
-from actionclip.video import read_frames
+from actionclip.video import Span, read_frames
 
 LABELS = ["juggling balls", "archery", "BrushHair"]
 
@@ -95,6 +95,25 @@ def test_one_video_many_videos_and_frames_agree(model: ActionCLIP, videos: list[
         torch.testing.assert_close(classifier(frames).scores, scores, rtol=0, atol=1e-5)
 
 
+def test_a_span_is_scored_as_if_it_were_the_whole(model: ActionCLIP, videos: list[Path]) -> None:
+    classifier = VideoClassifier(model, LABELS, batch_size=1)
+    frames = read_frames(videos[0], range(30))
+    # At 25 frames a second frame 5 is at 0.2 s and frame 15, the first one out, at 0.6 s.
+    for span, part in (
+        (Span(videos[0], 0.2, 0.6), frames[5:15]),
+        (Span(videos[0], end_seconds=0.4), frames[:10]),
+        (Span(str(videos[0])), frames),
+    ):
+        expected = classifier(part).scores
+        torch.testing.assert_close(classifier(span).scores, expected, rtol=0, atol=1e-5)
+        (result,) = classifier.stream([span])
+        assert result.path == str(videos[0])
+        assert result.num_frames == len(part)
+        torch.testing.assert_close(result.prediction.scores, expected, rtol=0, atol=1e-5)
+    (result,) = classifier.stream([Span("nowhere.mp4", 0.5)])
+    assert (result.path, result.reason) == ("nowhere.mp4", "missing")
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_batches_and_workers_change_nothing(
@@ -155,6 +174,20 @@ def test_labels_are_split_for_the_sentence_only(model: ActionCLIP) -> None:
             expected = model.encode_text(tokenize([sentence]))
             torch.testing.assert_close(classifier.text_embeddings[0], expected)
     assert not torch.equal(split.text_embeddings, raw.text_embeddings)
+
+
+def test_templates_are_the_models_own_unless_given(model: ActionCLIP) -> None:
+    assert VideoClassifier(model, LABELS).templates == TEMPLATES["actionclip"]
+    config = ActionCLIPConfig(model.config.clip, num_frames=4, templates=("see {}", "{}!"))
+    own = ActionCLIP(config)
+    own.load_state_dict(model.state_dict())
+    classifier = VideoClassifier(own, ["yoga"])
+    assert classifier.templates == ("see {}", "{}!")
+    with torch.inference_mode():
+        expected = model.encode_text(tokenize(["see yoga", "yoga!"]))
+    torch.testing.assert_close(classifier.text_embeddings[:, 0], expected)
+    assert VideoClassifier(own, LABELS, templates="none").templates == ("{}",)
+    assert VideoClassifier(own, LABELS, templates=["do {}"]).templates == ("do {}",)
 
 
 def test_the_scale_is_an_argument(model: ActionCLIP, videos: list[Path]) -> None:
@@ -285,6 +318,8 @@ def test_wrong_frames(model: ActionCLIP) -> None:
         classifier(torch.zeros(4, 64, 64, 3, dtype=torch.uint8))
     with pytest.raises(actionclip.InputError, match=r"single path 'a\.mp4'"):
         next(classifier.stream("a.mp4"))
+    with pytest.raises(actionclip.InputError, match=r"stream takes a list of paths"):
+        next(classifier.stream(Span("a.mp4")))
     with pytest.raises(actionclip.InputError, match="list of videos is empty"):
         classifier([])
     with pytest.raises(actionclip.InputError, match="a video is a ndarray; pass a path or a ten"):

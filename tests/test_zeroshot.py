@@ -18,7 +18,7 @@ from video_files import write_video
 
 import actionclip
 from actionclip.__main__ import main as package_main
-from actionclip.cli import report, zeroshot
+from actionclip.cli import options, report, zeroshot
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
 
 LABELS = ["juggling balls", "archery", "bowling"]
@@ -157,8 +157,8 @@ def test_views_and_frames_change_the_scores(run) -> None:
     plain = run("a.mp4", "--format", "jsonl")[1]
     assert run("a.mp4", "--format", "jsonl", "--batch-size", "1", "--workers", "0")[1] == plain
     others = [("--frames", "7"), ("--clips", "3"), ("--crops", "3"), ("--templates", "none")]
-    for options in others:
-        code, out, _ = run("a.mp4", "--format", "jsonl", *options)
+    for extra in others:
+        code, out, _ = run("a.mp4", "--format", "jsonl", *extra)
         assert code == 0
         assert out != plain
 
@@ -267,7 +267,7 @@ def test_an_error_of_ours_is_exit_1_and_debug_shows_where(
     def fail(*arguments: object, **options: object) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr(zeroshot, "VideoClassifier", fail)
+    monkeypatch.setattr(options, "VideoClassifier", fail)
     code, _, err = run("a.mp4")
     assert code == 1
     assert err.startswith("actionclip-zeroshot: internal error, please report it: KeyError: 'oops'")

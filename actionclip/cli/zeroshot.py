@@ -5,19 +5,15 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from tqdm import tqdm
 
-from actionclip.classifier import VideoClassifier, VideoResult
-from actionclip.cli import command
+from actionclip.classifier import VideoResult
+from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.report import WRITERS, open_output
 from actionclip.errors import InputError
-from actionclip.labels import read_labels, read_templates
-from actionclip.models.actionclip import TEMPORAL
-from actionclip.precision import PRECISIONS, automatic_dtype
+from actionclip.labels import read_labels
 from actionclip.video import find_videos
-from actionclip.weights import load
 
 PROG = "actionclip-zeroshot"
 
@@ -54,58 +50,10 @@ def build_parser() -> command.OneLineParser:
         metavar="L",
         help="labels, or one file: .txt with a label a line, or .csv with columns id,name",
     )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model",
-        default="ViT-B/16",
-        metavar="NAME_OR_PATH",
-        help="published name, or a weight file or folder (default: %(default)s)",
-    )
-    model.add_argument(
-        "--temporal",
-        metavar="PROMPT",
-        help=f"visual prompt, if the weights leave it open: {', '.join(TEMPORAL)}",
-    )
-    model.add_argument(
-        "--activation",
-        choices=("quick_gelu", "gelu"),
-        help="activation, if the weights do not tell (gelu for most open_clip models)",
-    )
-    model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    model.add_argument(
-        "--precision",
-        choices=("auto", *PRECISIONS),
-        default="auto",
-        help="auto is bf16 where the hardware multiplies it natively, else fp32",
-    )
-    views = parser.add_argument_group("frames and views")
-    views.add_argument("--frames", type=int, metavar="T", help="frames taken from each view")
-    views.add_argument("--clips", type=int, default=1, metavar="V", help="temporal views (1)")
-    views.add_argument(
-        "--crops", type=int, default=1, choices=(1, 3), help="spatial views of each (1)"
-    )
-    text = parser.add_argument_group("text")
-    text.add_argument(
-        "--templates",
-        default="actionclip",
-        metavar="NAME_OR_FILE",
-        help="actionclip (16 sentences), none (the label alone), or a file with a template a line",
-    )
-    text.add_argument(
-        "--raw-labels",
-        action="store_true",
-        help='use labels as they are; by default "BrushHair" and "brush_hair" become "brush hair"',
-    )
-    running = parser.add_argument_group("running")
-    running.add_argument(
-        "--batch-size", type=int, default=8, metavar="N", help="views encoded at a time (8)"
-    )
-    running.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="decoding threads, 0 for none (2)"
-    )
-    running.add_argument(
-        "--strict", action="store_true", help="treat damaged videos as failed, without scores"
-    )
+    options.add_model_options(parser)
+    options.add_view_options(parser)
+    options.add_text_options(parser)
+    options.add_running_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument(
         "--top-k", type=int, default=5, metavar="K", help="best labels shown for each video (5)"
@@ -126,28 +74,7 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
         raise InputError(f"--top-k is {args.top_k}, it must be at least 1")
     refuse_mixed_up_files(args)
     labels = read_labels(args.labels)
-    templates = read_templates(args.templates)
-    device = pick_device(args.device)
-    dtype = automatic_dtype(device) if args.precision == "auto" else PRECISIONS[args.precision]
-    model = load(
-        args.model,
-        temporal=args.temporal,
-        num_frames=args.frames,
-        device=device,
-        dtype=dtype,
-        activation=args.activation,
-    )
-    classifier = VideoClassifier(
-        model,
-        labels,
-        templates=templates,
-        num_clips=args.clips,
-        num_crops=args.crops,
-        raw_labels=args.raw_labels,
-        batch_size=args.batch_size,
-        workers=args.workers,
-        strict=args.strict,
-    )
+    classifier = options.build_classifier(args, labels)
     paths: Iterable[str] = expand(args.videos)
     if "-" not in args.videos:
         paths = list(paths)  # so that the progress bar knows where it ends
@@ -183,19 +110,6 @@ def refuse_mixed_up_files(args: argparse.Namespace) -> None:
                 f"label {label!r} is a file; name videos before --labels, and a list of labels "
                 ".txt or .csv"
             )
-
-
-def pick_device(name: str | None) -> torch.device:
-    """Return the device called `name`, by default a GPU if there is one."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} cannot be used here ({reason}); try cpu") from error
-    return device
 
 
 def expand(names: Sequence[str]) -> Iterator[str]:

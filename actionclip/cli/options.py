@@ -1,0 +1,120 @@
+"""Options that several commands share, and the classifier that they describe."""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from actionclip.classifier import VideoClassifier
+from actionclip.errors import InputError
+from actionclip.labels import read_templates
+from actionclip.models.actionclip import TEMPORAL
+from actionclip.precision import PRECISIONS, automatic_dtype
+from actionclip.weights import load
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says which model runs where."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default="ViT-B/16",
+        metavar="NAME_OR_PATH",
+        help="published name, or a weight file or folder (default: %(default)s)",
+    )
+    model.add_argument(
+        "--temporal",
+        metavar="PROMPT",
+        help=f"visual prompt, if the weights leave it open: {', '.join(TEMPORAL)}",
+    )
+    model.add_argument(
+        "--activation",
+        choices=("quick_gelu", "gelu"),
+        help="activation, if the weights do not tell (gelu for most open_clip models)",
+    )
+    model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    model.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="auto is bf16 where the hardware multiplies it natively, else fp32",
+    )
+
+
+def add_view_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how much of a video the model sees."""
+    views = parser.add_argument_group("frames and views")
+    views.add_argument("--frames", type=int, metavar="T", help="frames taken from each view")
+    views.add_argument("--clips", type=int, default=1, metavar="V", help="temporal views (1)")
+    views.add_argument(
+        "--crops", type=int, default=1, choices=(1, 3), help="spatial views of each (1)"
+    )
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how labels become sentences."""
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--templates",
+        metavar="NAME_OR_FILE",
+        help="actionclip (16 sentences), none (the label alone), or a file with a template a line "
+        "(default: the model's own, 16 sentences for CLIP)",
+    )
+    text.add_argument(
+        "--raw-labels",
+        action="store_true",
+        help='use labels as they are; by default "BrushHair" and "brush_hair" become "brush hair"',
+    )
+
+
+def add_running_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how videos go through the model."""
+    running = parser.add_argument_group("running")
+    running.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="views encoded at a time (8)"
+    )
+    running.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="decoding threads, 0 for none (2)"
+    )
+    running.add_argument(
+        "--strict", action="store_true", help="treat damaged videos as failed, without scores"
+    )
+
+
+def build_classifier(args: argparse.Namespace, labels: Sequence[str]) -> VideoClassifier:
+    """Load the model and make the classifier that the options above ask for."""
+    templates = None if args.templates is None else read_templates(args.templates)
+    device = pick_device(args.device)
+    dtype = automatic_dtype(device) if args.precision == "auto" else PRECISIONS[args.precision]
+    model = load(
+        args.model,
+        temporal=args.temporal,
+        num_frames=args.frames,
+        device=device,
+        dtype=dtype,
+        activation=args.activation,
+    )
+    return VideoClassifier(
+        model,
+        labels,
+        templates=templates,
+        num_clips=args.clips,
+        num_crops=args.crops,
+        raw_labels=args.raw_labels,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        strict=args.strict,
+    )
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device called `name`, by default a GPU if there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used here ({reason}); try cpu") from error
+    return device
