@@ -2,10 +2,11 @@
 
 import sys
 
-from actionclip.cli import check, eval, synthetic, zeroshot
+from actionclip.cli import check, eval, synthetic, train, zeroshot
 
 COMMANDS = {
     "zeroshot": zeroshot.main,
+    "train": train.main,
     "eval": eval.main,
     "check": check.main,
     "synthetic": synthetic.main,

@@ -18,6 +18,7 @@ from actionclip.errors import WeightsError
 from actionclip.models.actionclip import ActionCLIPConfig
 from actionclip.models.clip import CLIPConfig
 from actionclip.models.layers import Activation
+from actionclip.tokenizer import token_ids
 
 State = dict[str, Tensor]
 
@@ -72,6 +73,11 @@ class Checkpoint:
     config: ActionCLIPConfig | None = None
     untrained: tuple[str, ...] = ()
     lacks_token_embedding: bool = False
+
+    def forget_head(self) -> None:
+        """Drop the visual prompt, so that another one can take its place."""
+        self.temporal, self.head = None, {}
+        self.clip.pop("visual.time_embedding", None)
 
 
 def convert(
@@ -199,8 +205,8 @@ def config_from_json(text: str) -> ActionCLIPConfig:
         clip = dict(values.pop("clip"))
         if isinstance(clip["vision_layers"], list):
             clip["vision_layers"] = tuple(clip["vision_layers"])
-        for name in ("pixel_mean", "pixel_std", "templates"):
-            if name in values:
+        for name in ("pixel_mean", "pixel_std", "templates", "vocabulary"):
+            if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return ActionCLIPConfig(clip=CLIPConfig(**clip), **values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -212,8 +218,11 @@ def _from_own(state: State, stored: Mapping[str, Any]) -> Checkpoint:
     if not isinstance(config, str):
         raise WeightsError(f"the configuration in the file is a {type(config).__name__}, not JSON")
     parsed = config_from_json(config)
+    clip = _below(state, "clip.")
+    if parsed.vocabulary is not None:
+        _restore_rows(clip, parsed)
     return Checkpoint(
-        clip=_below(state, "clip."),
+        clip=clip,
         head=_below(state, "temporal."),
         temporal=parsed.temporal,
         num_frames=parsed.num_frames,
@@ -221,6 +230,19 @@ def _from_own(state: State, stored: Mapping[str, Any]) -> Checkpoint:
         config=parsed,
         untrained=tuple(json.loads(stored.get(UNTRAINED_KEY, "[]"))),
     )
+
+
+def _restore_rows(clip: State, config: ActionCLIPConfig) -> None:
+    """Make the whole token table from the rows that a file of few words holds; others are 0."""
+    assert config.vocabulary is not None
+    key, rows = "token_embedding.weight", token_ids(config.vocabulary)
+    stored = clip.get(key)
+    if stored is None or len(stored) == config.clip.vocab_size:
+        return
+    if len(stored) != len(rows) or rows[-1] >= config.clip.vocab_size:
+        raise WeightsError(f"{key} has {len(stored)} rows; the vocabulary stored with it has other")
+    clip[key] = stored.new_zeros(config.clip.vocab_size, stored.shape[1])
+    clip[key][rows] = stored
 
 
 def _from_official(clip: State, head: State) -> Checkpoint:

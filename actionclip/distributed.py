@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from actionclip.errors import InputError
@@ -140,6 +140,13 @@ def reduce_max(values: Sequence[float]) -> list[float]:
     largest = torch.tensor(values, dtype=torch.float64, device="cuda" if on_gpu else "cpu")
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give all processes the buffers of the first, such as the statistics of batch norms."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def barrier() -> None:

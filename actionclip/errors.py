@@ -41,6 +41,10 @@ class DownloadError(WeightsError):
     """A published weight file could not be fetched or did not match its checksum."""
 
 
+class OutputError(ActionClipError, OSError):
+    """A file cannot be written: no space, no permission, no folder."""
+
+
 class TrainingError(ActionClipError, RuntimeError):
     """A training run cannot go on: a loss is not finite, or its files do not fit."""
 

@@ -1,4 +1,4 @@
-"""The published models: where each file is, its checksum, its licence and its shape.
+"""The models with a name: where each file is, its checksum, its licence and its shape.
 
 A table and nothing else; `weights.py` acts on it. Sizes and checksums are those
 of the OpenAI release, whose download addresses contain the SHA-256 of the file.
@@ -6,7 +6,9 @@ of the OpenAI release, whose download addresses contain the SHA-256 of the file.
 
 from dataclasses import dataclass
 
+from actionclip.models.actionclip import ActionCLIPConfig
 from actionclip.models.clip import CLIPConfig
+from actionclip.prompts import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,21 @@ class PublishedModel:
     def url(self) -> str:
         """Where the file is published."""
         return f"https://openaipublic.azureedge.net/clip/models/{self.sha256}/{self.file}"
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A weight file that comes with the package.
+
+    Attributes:
+        file: its name in the package.
+        sha256: hex digest of the whole file.
+        config: the model, for building it without the file.
+    """
+
+    file: str
+    sha256: str
+    config: ActionCLIPConfig
 
 
 def _clip(
@@ -113,5 +130,30 @@ MODELS = {
         1_353_500_174,
         "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
         _clip(1024, 448, (3, 15, 36, 10), 128, None, 1024),
+    ),
+}
+
+PACKAGED = {
+    "tiny": PackagedModel(
+        "tiny.safetensors",
+        "",
+        ActionCLIPConfig(
+            CLIPConfig(
+                embed_dim=96,
+                image_resolution=48,
+                vision_layers=3,
+                vision_width=96,
+                vision_patch_size=12,
+                vision_heads=3,
+                context_length=16,
+                vocab_size=49408,
+                text_width=64,
+                text_heads=1,
+                text_layers=2,
+                activation="gelu",
+            ),
+            temporal="transf",
+            templates=TEMPLATES["none"],
+        ),
     ),
 }

@@ -9,7 +9,6 @@ What the tensors mean, and for which model, is decided in `weights`.
 
 import collections
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -17,15 +16,15 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
-from typing import Any, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import torch
 from torch import Tensor
 
-from actionclip.errors import WeightsError
+from actionclip.errors import OutputError, WeightsError
 from actionclip.torchscript import read_archive
 
 # Far above any published model: 2,000 tensors make a header of about 200 kB.
@@ -119,7 +118,8 @@ def write_safetensors(
         metadata: free text that `read_file` gives back.
 
     Raises:
-        WeightsError: if a dtype has no place in the format or the disk refuses.
+        WeightsError: if a dtype has no place in the format.
+        OutputError: if the disk refuses.
 
     Source: the format description of the safetensors library, 0.8.
     """
@@ -141,16 +141,23 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     contents = (_bytes_of(tensors[name].detach().cpu().contiguous()) for name in names)
-    write_atomically(shown, itertools.chain([struct.pack("<Q", len(text)), text], contents))
+
+    def write(file: BinaryIO) -> None:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.writelines(contents)
+
+    write_atomically(shown, write)
 
 
-def write_atomically(
-    path: str | os.PathLike[str], chunks: Iterable[bytes | bytearray | memoryview]
-) -> None:
+def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Write a file that is complete or not there at all, whatever happens.
 
+    Args:
+        path: the file; an older one is replaced in one step.
+        write: writes the content to the open file that it is given.
+
     Raises:
-        WeightsError: if the disk refuses; an older file of this name is kept then.
+        OutputError: if the disk refuses; an older file of this name is kept then.
     """
     shown = os.fspath(path)
     # In the same folder, because a file cannot be renamed to another disk. The process
@@ -158,16 +165,27 @@ def write_atomically(
     partial = f"{shown}.{os.getpid()}.part"
     try:
         with open(partial, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, shown)
+        _flush_folder(os.path.dirname(shown) or ".")
     except OSError as error:
-        raise WeightsError(f"{shown}: cannot be written: {error.strerror or error}") from error
+        raise OutputError(f"{shown}: cannot be written: {error.strerror or error}") from error
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def _flush_folder(folder: str) -> None:
+    """Make a renamed file survive a power cut too."""
+    if os.name != "posix":  # Windows cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_tensors(path: str, half_as: torch.dtype | None = None) -> WeightFile:

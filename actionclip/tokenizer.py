@@ -79,6 +79,16 @@ def encode(text: str) -> list[int]:
     return [token for piece in _PIECE.findall(_clean(text)) for token in _encode_piece(piece)]
 
 
+def words(text: str) -> list[str]:
+    """Return the words of a text, cleaned and in lower case; numbers are words of one digit."""
+    return [piece for piece in _PIECE.findall(_clean(text)) if piece[0].isalnum()]
+
+
+def token_ids(vocabulary: Iterable[str]) -> list[int]:
+    """Return the ids, ascending, of all tokens in which texts of these words can be written."""
+    return sorted({SOT_ID, EOT_ID, *(token for word in vocabulary for token in encode(word))})
+
+
 def decode(ids: Iterable[int] | Tensor) -> str:
     """Return the cleaned text of token ids; a space follows every word.
 

@@ -6,11 +6,13 @@ every name and shape, and fill it. No file's code is ever executed.
 """
 
 import difflib
-import io
+import hashlib
+import importlib.resources
 import json
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,8 +37,9 @@ from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig,
 from actionclip.models.clip import cast_encoders, initial_time_embedding
 from actionclip.models.layers import Activation
 from actionclip.models.temporal import TemporalTransformer, interpolate_positions
-from actionclip.published import MODELS
+from actionclip.published import MODELS, PACKAGED
 from actionclip.tensor_files import read_file, write_atomically, write_safetensors
+from actionclip.tokenizer import token_ids
 
 # Frames of the paper's smallest setting, for files that do not say how many they were trained on.
 DEFAULT_NUM_FRAMES = 8
@@ -46,7 +49,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def available_models() -> list[str]:
     """List the names that `load` knows."""
-    return list(MODELS)
+    return [*MODELS, *PACKAGED]
 
 
 def load(
@@ -60,6 +63,7 @@ def load(
     download_root: str | os.PathLike[str] | None = None,
     activation: Activation | None = None,
     official_conv1d: bool = False,
+    new_head: bool = False,
 ) -> ActionCLIP:
     """Load a model in eval mode.
 
@@ -77,6 +81,7 @@ def load(
             `$XDG_CACHE_HOME/actionclip`, else `~/.cache/actionclip`.
         activation: "quick_gelu" (OpenAI) or "gelu", for a file that does not tell.
         official_conv1d: run the conv1d head as the official code does, see `TemporalConv`.
+        new_head: leave the file's visual prompt behind and start `temporal` anew.
 
     Returns:
         The model; its `config` is everything but the weights, and its `untrained`
@@ -103,6 +108,8 @@ def load(
 
     if pretrained:
         checkpoint = _read(name, download_root, dtype or torch.float32)
+        if new_head:
+            checkpoint.forget_head()
         config = _configure(checkpoint, name, temporal, num_frames, activation, official_conv1d)
         with _Unfilled():
             model = _build(config, name)
@@ -110,15 +117,16 @@ def load(
                 cast_encoders(model.clip, dtype)
         _fill(model, checkpoint, name)
     else:
-        if name not in MODELS:
-            raise InputError(f"pretrained=False needs a published name, {_unknown(name)}")
-        clip = MODELS[name].config
+        if name in PACKAGED:
+            initial = PACKAGED[name].config
+        elif name in MODELS:
+            initial = ActionCLIPConfig(MODELS[name].config)
+        else:
+            raise InputError(f"pretrained=False needs a known name, {_unknown(name)}")
         if activation is not None:
-            clip = replace(clip, activation=activation)
+            initial = replace(initial, clip=replace(initial.clip, activation=activation))
         checkpoint = Checkpoint(clip={})
-        config = _with_time(
-            ActionCLIPConfig(clip), checkpoint, name, temporal, num_frames, official_conv1d
-        )
+        config = _with_time(initial, checkpoint, name, temporal, num_frames, official_conv1d)
         model = _build(config, name)
         model.untrained = tuple(model.state_dict())
         if dtype is not None:
@@ -128,21 +136,31 @@ def load(
     return model.to(device).eval()
 
 
-def save(model: ActionCLIP, path: str | os.PathLike[str]) -> None:
+def save(
+    model: ActionCLIP, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> None:
     """Write weights and configuration to one file that `load` takes.
 
-    The file appears whole or not at all.
+    The file appears whole or not at all. Of a model that knows few words (`vocabulary` of its
+    config), only their rows of the token table are written.
 
     Args:
         model: any model of this package.
         path: ends in `.safetensors`, or in `.pt` for a plain PyTorch file.
+        dtype: number type in the file; None keeps that of each weight.
 
     Raises:
         InputError: if the ending is neither.
-        WeightsError: if the file cannot be written.
+        OutputError: if the file cannot be written.
     """
     suffix = Path(path).suffix
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach() for key, value in model.state_dict().items()}
+    if model.config.vocabulary is not None:
+        key = "clip.token_embedding.weight"
+        state[key] = state[key][token_ids(model.config.vocabulary)]
+    for key, value in state.items():
+        stored = dtype if dtype is not None and value.is_floating_point() else value.dtype
+        state[key] = value.to("cpu", stored).contiguous()
     config = config_to_json(model.config)
     untrained = json.dumps(list(model.untrained))
     if suffix == ".safetensors":
@@ -150,11 +168,19 @@ def save(model: ActionCLIP, path: str | os.PathLike[str]) -> None:
             os.fspath(path), state, {"format": "pt", CONFIG_KEY: config, UNTRAINED_KEY: untrained}
         )
     elif suffix == ".pt":
-        buffer = io.BytesIO()
-        torch.save({CONFIG_KEY: config, UNTRAINED_KEY: untrained, "state_dict": state}, buffer)
-        write_atomically(os.fspath(path), [buffer.getbuffer()])
+        content = {CONFIG_KEY: config, UNTRAINED_KEY: untrained, "state_dict": state}
+        write_atomically(path, partial(torch.save, content))
     else:
         raise InputError(f"cannot save to {str(path)!r}: end the name in .safetensors or .pt")
+
+
+def digest(model: ActionCLIP) -> str:
+    """Return the sha256, in hex, of all weights: two models with the same one are the same."""
+    state = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        state.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        state.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
 
 
 def _read(
@@ -166,6 +192,8 @@ def _read(
     path = name
     if name in MODELS:
         path = _fetch(name, download_root)
+    elif name in PACKAGED:
+        path = _packaged(name)
     elif not os.path.exists(name):
         raise InputError(_unknown(name))
     file = read_file(path, half_as=half_as)
@@ -195,6 +223,20 @@ def _fetch(name: str, download_root: str | os.PathLike[str] | None) -> str:
     )
 
 
+def _packaged(name: str) -> str:
+    """Return the path of a file of the package, after checking it."""
+    model = PACKAGED[name]
+    # A wheel is always unpacked, so its files have paths.
+    path = str(importlib.resources.files("actionclip").joinpath(model.file))
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path}: {error.strerror}; install actionclip again") from error
+    if hashlib.sha256(content).hexdigest() != model.sha256:
+        raise WeightsError(f"{path} is not the file of this version; install actionclip again")
+    return path
+
+
 def _borrow_token_embedding(
     checkpoint: Checkpoint, download_root: str | os.PathLike[str] | None
 ) -> None:
@@ -220,10 +262,11 @@ def _borrow_token_embedding(
 
 def _unknown(name: str) -> str:
     """Say that `name` is neither known nor a file, and what was perhaps meant."""
-    lower = {model.lower(): model for model in MODELS}
+    lower = {model.lower(): model for model in available_models()}
     close = difflib.get_close_matches(name.lower(), lower, n=2, cutoff=0.5)
     hint = f" did you mean {' or '.join(lower[match] for match in close)}?" if close else ""
-    return f"model {name!r} is no known name and no file;{hint} known names: {', '.join(MODELS)}"
+    known = ", ".join(lower.values())
+    return f"model {name!r} is no known name and no file;{hint} known names: {known}"
 
 
 def _configure(
@@ -271,7 +314,7 @@ def _with_time(
         )
     return replace(
         config,
-        temporal=checkpoint.temporal or asked or "meanp",
+        temporal=checkpoint.temporal or asked or config.temporal,
         num_frames=num_frames or checkpoint.num_frames or DEFAULT_NUM_FRAMES,
         official_conv1d=official_conv1d or config.official_conv1d,
     )
@@ -296,7 +339,8 @@ def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
     checkpoint.clip.clear()  # so that each tensor of the file is freed once it is converted
     if checkpoint.temporal is None:
         initial = _initial_prompt(model.config)
-        model.untrained = tuple(initial)
+        others = [key for key in checkpoint.untrained if key in state]
+        model.untrained = (*others, *initial)
         state |= initial
     else:
         model.untrained = checkpoint.untrained

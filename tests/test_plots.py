@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from actionclip.cli import plots
-from actionclip.cli.command import OutputError
-from actionclip.errors import InputError, MissingExtraError
+from actionclip.errors import InputError, MissingExtraError, OutputError
 
 pytest.importorskip("matplotlib")
 

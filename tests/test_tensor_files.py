@@ -12,6 +12,7 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from actionclip.errors import WeightsError
+from actionclip.errors import OutputError, WeightsError
 from actionclip.tensor_files import read_file, write_atomically, write_safetensors
 
 TENSORS = {
@@ -207,24 +208,24 @@ def test_write_keeps_the_old_file_when_it_fails(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(WeightsError, match=r"a\.safetensors: cannot be written: No space left"):
+    with pytest.raises(OutputError, match=r"a\.safetensors: cannot be written: No space left"):
         write_safetensors(path, TENSORS)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 def test_write_removes_its_traces_when_interrupted(tmp_path: Path) -> None:
-    def chunks():  # type: ignore[no-untyped-def]
-        yield b"first"
+    def write(file: BinaryIO) -> None:
+        file.write(b"first")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "a", chunks())
+        write_atomically(tmp_path / "a", write)
     assert os.listdir(tmp_path) == []
 
 
 def test_write_to_no_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="cannot be written: No such file or directory"):
+    with pytest.raises(OutputError, match="cannot be written: No such file or directory"):
         write_safetensors(tmp_path / "gone" / "a.safetensors", TENSORS)
 
 

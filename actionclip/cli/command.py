@@ -18,7 +18,7 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 from actionclip import __version__
-from actionclip.errors import ActionClipError
+from actionclip.errors import ActionClipError, OutputError, TooManyBadError
 
 
 class ExitCode(IntEnum):
@@ -33,10 +33,6 @@ class ExitCode(IntEnum):
     STALLED = 6
     INTERRUPTED = 130
     TERMINATED = 143
-
-
-class OutputError(Exception):
-    """The results cannot be written."""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -71,10 +67,12 @@ def run(
     with _plain_warnings(parser.prog), _termination_as_exception():
         try:
             return work(args)
-        except ActionClipError as error:
-            return _fail(parser, args, ExitCode.WRONG_INPUT, str(error))
         except OutputError as error:
             return _fail(parser, args, ExitCode.CANNOT_WRITE, str(error))
+        except TooManyBadError as error:
+            return _fail(parser, args, ExitCode.TOO_MANY_BAD, str(error))
+        except ActionClipError as error:
+            return _fail(parser, args, ExitCode.WRONG_INPUT, str(error))
         except BrokenPipeError:
             # The reader has left; what Python would still flush at exit has nowhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

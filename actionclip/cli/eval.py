@@ -18,10 +18,10 @@ from actionclip.annotations import VideoList, read_video_list
 from actionclip.annotations import describe as describe_data
 from actionclip.classifier import VideoClassifier
 from actionclip.cli import command, options
-from actionclip.cli.command import ExitCode, OutputError, one_line
+from actionclip.cli.command import ExitCode, one_line
 from actionclip.cli.plots import METRICS, draw_confusion
 from actionclip.cli.report import open_output
-from actionclip.errors import MissingExtraError
+from actionclip.errors import MissingExtraError, OutputError
 from actionclip.evaluate import Evaluation, evaluate
 from actionclip.labels import read_labels
 from actionclip.precision import PRECISIONS

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -13,8 +14,8 @@ from actionclip.precision import PRECISIONS, automatic_dtype
 from actionclip.weights import load
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says which model runs where."""
+def add_model_options(parser: argparse.ArgumentParser) -> Any:
+    """Add what says which model runs where; returns the group, for more of it."""
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -39,6 +40,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto is bf16 where the hardware multiplies it natively, else fp32",
     )
+    return model
 
 
 def add_view_options(parser: argparse.ArgumentParser) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
-from actionclip.cli.command import OutputError, one_line
-from actionclip.errors import InputError, MissingExtraError
+from actionclip.cli.command import one_line
+from actionclip.errors import InputError, MissingExtraError, OutputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

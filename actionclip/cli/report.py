@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from actionclip.classifier import VideoResult, top_labels
-from actionclip.cli.command import OutputError, one_line
+from actionclip.cli.command import one_line
+from actionclip.errors import OutputError
 
 BAR_WIDTH = 20
 # A full block and its left parts, an eighth at a time.

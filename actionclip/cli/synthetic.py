@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from actionclip.cli import command
-from actionclip.cli.command import ExitCode, OutputError
-from actionclip.errors import InputError
+from actionclip.cli.command import ExitCode
+from actionclip.errors import InputError, OutputError
 from actionclip.synthetic import PARTS, part_sentences, write_clip, write_dataset
 
 PROG = "python -m actionclip synthetic"

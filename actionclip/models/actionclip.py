@@ -45,6 +45,8 @@ class ActionCLIPConfig:
         pixel_mean: RGB mean that normalises pixels in [0, 1].
         pixel_std: RGB standard deviation that does.
         templates: prompt templates that the model was trained with.
+        vocabulary: the only words that the text encoder was trained on, see
+            `tokenizer.words`; None for encoders that know the language.
     """
 
     clip: CLIPConfig
@@ -54,6 +56,7 @@ class ActionCLIPConfig:
     pixel_mean: tuple[float, float, float] = CLIP_MEAN
     pixel_std: tuple[float, float, float] = CLIP_STD
     templates: tuple[str, ...] = TEMPLATES["actionclip"]
+    vocabulary: tuple[str, ...] | None = None
 
 
 class ActionCLIP(nn.Module):

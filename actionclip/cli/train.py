@@ -1,0 +1,577 @@
+"""`actionclip-train`: fine-tune a model on labelled videos."""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from actionclip import __version__, distributed
+from actionclip.annotations import VideoList, describe, few_shot, read_video_list
+from actionclip.augment import Augmentation, has_direction
+from actionclip.cli import command, options
+from actionclip.cli.command import ExitCode
+from actionclip.cli.plots import draw_curves
+from actionclip.errors import InputError, MissingExtraError
+from actionclip.labels import read_labels, read_templates
+from actionclip.models.actionclip import ActionCLIP
+from actionclip.precision import PRECISIONS, automatic_dtype
+from actionclip.recipe import ParameterGroup, Recipe
+from actionclip.runs import RunFolder
+from actionclip.train import SCORE, Record, Running, Trainer
+from actionclip.weights import digest, load
+
+PROG = "actionclip-train"
+
+EPILOG = """\
+The result, RUN/best.safetensors, is a model for --model of every command.
+
+exit codes:
+  0 trained to the end              4 too many videos cannot be used, see --max-bad
+  2 the command or its input was    5 the run's files cannot be written
+    wrong, or a loss not finite     130, 143 interrupted, terminated; the state was saved
+  1 an error of this program
+
+examples:
+  %(prog)s --train clips/train --val clips/val --model ViT-B/16 --temporal transf --output RUN
+  %(prog)s --train train.csv --videos /data --batch-size 128 --micro-batch 16 --output RUN
+  %(prog)s ... --output RUN --resume latest
+  torchrun --nproc-per-node 4 -m actionclip train ...
+"""
+
+# How long a process waits for the slowest one: longer than it takes to save or to evaluate.
+TIMEOUT_SECONDS = 1800.0
+
+
+def build_parser() -> command.OneLineParser:
+    """Describe the command's arguments."""
+    parser = command.build_parser(PROG, "Fine-tune a model on labelled videos.")
+    parser.epilog = EPILOG
+    default = Recipe()
+    _add_data_options(parser)
+    model = options.add_model_options(parser)
+    model.add_argument("--frames", type=int, metavar="T", help="frames taken from a video (8)")
+    model.add_argument(
+        "--from-scratch", action="store_true", help="draw initial weights for the named model"
+    )
+    model.add_argument(
+        "--new-head",
+        action="store_true",
+        help="leave the visual prompt of the weights behind and start --temporal anew",
+    )
+    options.add_text_options(parser)
+    _add_recipe_options(parser, default)
+    _add_lock_options(parser, default)
+    _add_augmentation_options(parser, Augmentation(resolution=1))
+    _add_running_options(parser, Running())
+    return parser
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--train",
+        metavar="DATA",
+        required=True,
+        help="folder with a folder per class, or a list in a known format",
+    )
+    data.add_argument("--val", metavar="DATA", help="likewise, to evaluate on after each epoch")
+    data.add_argument(
+        "--videos", metavar="DIR", help="folder that the paths of the lists start from"
+    )
+    data.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="the classes: .txt with a label a line, or .csv with columns id,name "
+        "(default: those of the training data)",
+    )
+    data.add_argument("--split", metavar="S", help="part of --train, such as train1")
+    data.add_argument("--val-split", metavar="S", help="part of --val, such as test1")
+    data.add_argument("--shots", type=int, metavar="K", help="use only K videos of each class")
+
+
+def _add_recipe_options(parser: argparse.ArgumentParser, default: Recipe) -> None:
+    recipe = parser.add_argument_group("recipe (defaults: the paper's)")
+    recipe.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
+    recipe.add_argument(
+        "--batch-size",
+        type=int,
+        default=default.batch_size,
+        metavar="N",
+        help="videos of a step, over all processes (%(default)s)",
+    )
+    recipe.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="N",
+        help="encode N videos at a time, for less memory; a step still compares all of them",
+    )
+    recipe.add_argument(
+        "--lr", type=float, default=default.learning_rate, help="learning rate (%(default)s)"
+    )
+    recipe.add_argument(
+        "--visual-lr-ratio",
+        type=float,
+        default=default.visual_ratio,
+        metavar="R",
+        help="rate of the image encoder over --lr (%(default)s)",
+    )
+    recipe.add_argument(
+        "--head-lr-ratio",
+        type=float,
+        default=default.head_ratio,
+        metavar="R",
+        help="rate of the temporal head over --lr (%(default)s)",
+    )
+    recipe.add_argument(
+        "--weight-decay",
+        type=float,
+        default=default.weight_decay,
+        metavar="W",
+        help="(%(default)s)",
+    )
+    recipe.add_argument(
+        "--warmup-epochs",
+        type=float,
+        default=default.warmup_epochs,
+        metavar="E",
+        help="(%(default)s)",
+    )
+    recipe.add_argument(
+        "--schedule",
+        choices=("cosine", "constant"),
+        default=default.schedule,
+        help="of the rate after warm-up (%(default)s)",
+    )
+    recipe.add_argument(
+        "--lr-every",
+        type=int,
+        default=default.rate_every,
+        metavar="N",
+        help="steps between changes of the rate; the official code has 10 (%(default)s)",
+    )
+    recipe.add_argument(
+        "--target",
+        choices=("uniform", "official"),
+        default=default.target,
+        help="what matching videos and texts share: all (the paper), or softmax(10) (the "
+        "official code) (%(default)s)",
+    )
+    recipe.add_argument(
+        "--clip-gradient", type=float, metavar="NORM", help="longest gradient (any)"
+    )
+    recipe.add_argument(
+        "--drop-path",
+        type=float,
+        default=default.drop_path,
+        metavar="P",
+        help="stochastic depth, growing to P at the last blocks (%(default)g)",
+    )
+    recipe.add_argument(
+        "--frame-position-std",
+        type=float,
+        metavar="S",
+        help="spread of a new transf head's frame positions (0.02)",
+    )
+    recipe.add_argument("--seed", type=int, default=default.seed, help="(%(default)s)")
+
+
+def _add_lock_options(parser: argparse.ArgumentParser, default: Recipe) -> None:
+    lock = parser.add_argument_group("what is trained (default: everything)")
+    for tower in ("image", "text"):
+        lock.add_argument(
+            f"--lock-{tower}",
+            type=int,
+            nargs="?",
+            const=0,
+            metavar="N",
+            help=f"lock the {tower} encoder, but for its last N blocks if N is given",
+        )
+
+
+def _add_augmentation_options(parser: argparse.ArgumentParser, default: Augmentation) -> None:
+    group = parser.add_argument_group("augmentation (defaults: the paper's for Kinetics)")
+    group.add_argument(
+        "--no-augmentation", action="store_true", help="train on the centre crop of evaluation"
+    )
+    group.add_argument(
+        "--randaugment",
+        type=int,
+        nargs=2,
+        default=(default.randaugment_ops, default.randaugment_magnitude),
+        metavar=("N", "M"),
+        help="N operations of magnitude M, 0 to 30; 0 0 for none (%(default)s)",
+    )
+    group.add_argument(
+        "--flip",
+        choices=("auto", "yes", "no"),
+        default="auto",
+        help="mirror half of the videos; auto does not where a label names left or right",
+    )
+    group.add_argument(
+        "--jitter",
+        type=float,
+        default=default.jitter,
+        metavar="P",
+        help="share of videos with changed colours (%(default)s)",
+    )
+    group.add_argument(
+        "--grayscale",
+        type=float,
+        default=default.grayscale,
+        metavar="P",
+        help="share of videos without colour (%(default)s)",
+    )
+    group.add_argument(
+        "--crop-scales",
+        type=float,
+        nargs="+",
+        default=default.scales,
+        metavar="S",
+        help="sides of the crop over the short side of the frame (1 0.875 0.75 0.66)",
+    )
+    group.add_argument(
+        "--per-frame",
+        action="store_true",
+        help="draw RandAugment and colours for every frame anew, as the official code does",
+    )
+
+
+def _add_running_options(parser: argparse.ArgumentParser, default: Running) -> None:
+    running = parser.add_argument_group("running")
+    running.add_argument("--output", metavar="RUN", required=True, help="folder of the run's files")
+    running.add_argument(
+        "--resume",
+        choices=("latest",),
+        help="go on where RUN was stopped; the same command with the same result",
+    )
+    running.add_argument(
+        "--workers",
+        type=int,
+        default=min(default.workers, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that read videos, for each training process (%(default)s)",
+    )
+    running.add_argument(
+        "--log-every", type=int, default=default.log_every, metavar="N", help="steps (%(default)s)"
+    )
+    running.add_argument(
+        "--save-every",
+        type=int,
+        default=default.save_every,
+        metavar="N",
+        help="steps between saved states; each epoch is saved too (%(default)s)",
+    )
+    running.add_argument(
+        "--max-bad",
+        type=float,
+        default=default.max_bad,
+        metavar="SHARE",
+        help="stop if more of an epoch's videos cannot be used (%(default)s)",
+    )
+    running.add_argument(
+        "--checkpoint-activations", action="store_true", help="use less memory and more time"
+    )
+    running.add_argument("--compile", action="store_true", help="compile the model first")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    return command.run(build_parser(), train, argv)
+
+
+def train(args: argparse.Namespace) -> ExitCode:
+    """Read the data, build everything, and train to the end or until a signal."""
+    if args.from_scratch and args.new_head:
+        raise InputError("--from-scratch has nothing that --new-head could replace; drop one")
+    device = options.pick_device(args.device)
+    distributed.start("cuda" if device.type == "cuda" else "cpu", TIMEOUT_SECONDS)
+    try:
+        if device.type == "cuda" and distributed.world_size() > 1:
+            device = torch.device("cuda", distributed.local_rank())
+        with stop_signals() as stopped_by:
+            return _train(args, device, stopped_by)
+    finally:
+        distributed.stop()
+
+
+def _train(
+    args: argparse.Namespace, device: torch.device, stopped_by: "list[signal.Signals]"
+) -> ExitCode:
+    videos, val = read_data(args)
+    is_first = distributed.rank() == 0
+    model = load(
+        args.model,
+        temporal=args.temporal,
+        num_frames=args.frames,
+        device=device,
+        pretrained=not args.from_scratch,
+        activation=args.activation,
+        new_head=args.new_head,
+    )
+    recipe = build_recipe(args, model, videos, device)
+    running = Running(
+        workers=args.workers,
+        log_every=args.log_every,
+        save_every=args.save_every,
+        max_bad=args.max_bad,
+        recompute=args.checkpoint_activations,
+        compile=args.compile,
+    )
+    folder = RunFolder(args.output)
+    bar = Bar(hidden=not (is_first and sys.stderr.isatty()))
+    trainer = Trainer(
+        model,
+        videos,
+        recipe,
+        folder,
+        val=val,
+        running=running,
+        should_stop=lambda: bool(stopped_by),
+        on_video=bar.count_video,
+    )
+    if args.resume and folder.last.exists():
+        trainer.resume()
+        tell(f"going on at step {trainer.progress.step} of {trainer.num_steps}")
+    elif is_first:
+        folder.start(describe_run(trainer, running, device))
+    for line in table(trainer.groups):
+        tell(line)
+    bar.start(trainer)
+    board = open_tensorboard(args.output, trainer.progress.step) if is_first else None
+    try:
+        for record in trainer.run():
+            bar.show(record)
+            if board is not None:
+                write_tensorboard(board, record)
+    finally:
+        bar.close()
+        if board is not None:
+            board.close()
+    if is_first:
+        draw(folder)
+    if stopped_by:
+        tell(
+            f"{stopped_by[0].name}: saved step {trainer.progress.step}; go on with --resume latest"
+        )
+        by_signal = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
+        return by_signal[stopped_by[0]]
+    if is_first:
+        tell(f"weights sha256 {digest(model)}")
+        tell(f"{folder.best}: the model of the {'best' if val else 'last'} epoch")
+    return ExitCode.DONE
+
+
+def read_data(args: argparse.Namespace) -> tuple[VideoList, VideoList | None]:
+    """Read the lists, and say what they were taken for."""
+    names = None if args.labels is None else read_labels([args.labels])
+    videos = read_video_list(args.train, videos=args.videos, class_names=names, split=args.split)
+    if args.shots is not None:
+        videos = few_shot(videos, args.shots, args.seed)
+    val = None
+    if args.val is not None:
+        val = read_video_list(
+            args.val, videos=args.videos, class_names=videos.class_names, split=args.val_split
+        )
+    for name, data in (("train", videos), ("val", val)):
+        for line in describe(data) if data else ():
+            tell(f"{name}: {line}")
+    return videos, val
+
+
+def build_recipe(
+    args: argparse.Namespace, model: ActionCLIP, videos: VideoList, device: torch.device
+) -> Recipe:
+    """Gather what decides the result."""
+    augmentation = None
+    if not args.no_augmentation:
+        flip = args.flip == "yes" or (args.flip == "auto" and not has_direction(videos.class_names))
+        if args.flip == "auto" and not flip:
+            tell("no video is mirrored, because labels name a direction; --flip yes does it")
+        augmentation = Augmentation(
+            resolution=model.input_resolution,
+            scales=tuple(args.crop_scales),
+            flip=0.5 if flip else 0.0,
+            jitter=args.jitter,
+            grayscale=args.grayscale,
+            randaugment_ops=args.randaugment[0],
+            randaugment_magnitude=args.randaugment[1],
+            per_frame=args.per_frame,
+        )
+    precision = args.precision
+    if precision == "auto":
+        dtype = automatic_dtype(device)
+        precision = next(name for name, kind in PRECISIONS.items() if kind == dtype)
+    templates = model.config.templates
+    if args.templates is not None:
+        templates = read_templates(args.templates)
+    return Recipe(
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        micro_batch=args.micro_batch,
+        learning_rate=args.lr,
+        visual_ratio=args.visual_lr_ratio,
+        head_ratio=args.head_lr_ratio,
+        weight_decay=args.weight_decay,
+        warmup_epochs=args.warmup_epochs,
+        schedule=args.schedule,
+        rate_every=args.lr_every,
+        target=args.target,
+        clip_gradient=args.clip_gradient,
+        drop_path=args.drop_path,
+        lock_image=args.lock_image,
+        lock_text=args.lock_text,
+        frame_position_std=args.frame_position_std,
+        precision=precision,
+        templates=tuple(templates),
+        raw_labels=args.raw_labels,
+        augmentation=augmentation,
+        seed=args.seed,
+    )
+
+
+def describe_run(trainer: Trainer, running: Running, device: torch.device) -> dict[str, Any]:
+    """Return what config.json holds."""
+    data = {"train": trainer.train, "val": trainer.val}
+    return {
+        "actionclip": __version__,
+        "torch": torch.__version__,
+        "data": {
+            part: {
+                "source": videos.source,
+                "layout": videos.layout,
+                "videos": len(videos.samples),
+                "missing": len(videos.missing),
+                "class_names": videos.class_names,
+                "hash": videos.digest,
+            }
+            for part, videos in data.items()
+            if videos is not None
+        },
+        "model": trainer.settings["model"],
+        "recipe": asdict(trainer.recipe),
+        "steps": trainer.num_steps,
+        "running": {
+            **asdict(running),
+            "device": str(device),
+            "processes": distributed.world_size(),
+        },
+    }
+
+
+def table(groups: Sequence[ParameterGroup]) -> list[str]:
+    """Return lines that say what is trained, what is locked, and at which rate."""
+    lines = [f"{'part':8}{'trained':>14}{'locked':>14}{'learning rate':>16}"]
+    for group in groups:
+        if group.num_trained or group.num_locked:
+            rate = f"{group.learning_rate:g}" if group.num_trained else "-"
+            lines.append(f"{group.name:8}{group.num_trained:>14,}{group.num_locked:>14,}{rate:>16}")
+    return lines
+
+
+class Bar:
+    """The progress bar: steps of the run, then videos of an evaluation."""
+
+    def __init__(self, *, hidden: bool) -> None:
+        self.hidden = hidden
+        self.bar: Any = None
+        self.num_videos = 0
+
+    def start(self, trainer: Trainer) -> None:
+        """Show the steps of a run."""
+        self.bar = tqdm(
+            total=trainer.num_steps,
+            initial=trainer.progress.step,
+            unit="step",
+            disable=self.hidden,
+            file=sys.stderr,
+        )
+
+    def count_video(self) -> None:
+        """Note a video of an evaluation."""
+        self.num_videos += 1
+        self.bar.set_postfix_str(f"evaluating, {self.num_videos} videos")
+
+    def show(self, record: Record) -> None:
+        """Show what a record says, evaluations on a line of their own."""
+        if record["kind"] == "train":
+            rates = "/".join(f"{rate:.1e}" for rate in dict.fromkeys(record["lr"].values()))
+            self.bar.set_postfix_str(
+                f"loss {record['loss']:.3f}, lr {rates}, {record['clips_per_second']:.1f} clips/s",
+                refresh=False,
+            )
+            self.bar.update(record["step"] - self.bar.n)
+            return
+        self.num_videos = 0
+        names = (*SCORE.values(), "top5", "mean_class_accuracy")
+        scores = ", ".join(f"{name} {record[name]:.2%}" for name in names if name in record)
+        failed = f", {record['failed']} failed" if record["failed"] else ""
+        with tqdm.external_write_mode(file=sys.stderr):
+            tell(f"epoch {record['epoch']:g}: {scores}{failed}")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def tell(text: str) -> None:
+    """Write a line to standard error, on one process only."""
+    if distributed.rank() == 0:
+        command.say(PROG, text)
+
+
+def draw(folder: RunFolder) -> None:
+    """Draw the curves, if matplotlib is there and there is something to draw."""
+    records = folder.records("metrics")
+    if records:
+        try:
+            draw_curves(records, str(folder.path / "curves.png"))
+        except MissingExtraError as error:
+            tell(f"no curves.png: {error}")
+
+
+def open_tensorboard(folder: str, step: int) -> Any:
+    """Return a writer for TensorBoard, if that is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    # What a killed run logged after its latest state is not shown twice.
+    return SummaryWriter(folder, purge_step=step or None)
+
+
+def write_tensorboard(board: Any, record: Record) -> None:
+    """Show the numbers of a record in TensorBoard."""
+    numbers = {**record, **{f"lr/{name}": rate for name, rate in record.get("lr", {}).items()}}
+    for name, number in numbers.items():
+        if name != "step" and isinstance(number, int | float):
+            board.add_scalar(f"{record['kind']}/{name}", number, record["step"])
+
+
+@contextmanager
+def stop_signals() -> "Iterator[list[signal.Signals]]":
+    """Collect SIGINT and SIGTERM instead of acting on them; a second one acts as usual."""
+    caught: list[signal.Signals] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        caught.append(signal.Signals(number))
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {}
+    for each in (signal.SIGINT, signal.SIGTERM):
+        try:
+            before[each] = signal.signal(each, note)
+        except ValueError:  # not the main thread: the caller's handlers stay
+            break
+    try:
+        yield caught
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

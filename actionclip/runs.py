@@ -1,0 +1,134 @@
+"""The files of a training run: its settings, what it logged, its latest state.
+
+    config.json        every setting, resolved, with versions and the data's counts and hash
+    metrics.jsonl      a line for each logged step and each evaluation
+    bad_samples.jsonl  a line for each video that could not be used as it should
+    last.pt            all that the run needs to go on exactly
+    best.safetensors   weights and configuration of the best epoch, for `load`
+
+Writes what the loop hands over, and reads it back. After a crash, lines that the latest state
+does not know are cut off, so that each stands once. One process of a run has these files.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from actionclip.errors import InputError, OutputError, TrainingError
+from actionclip.models.actionclip import ActionCLIP
+from actionclip.tensor_files import read_file, write_atomically
+from actionclip.weights import save
+
+LOGS = ("metrics", "bad_samples")
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: of the folder; it is made if it is not there.
+
+    Raises:
+        OutputError: from every method, if something cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.pt"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.safetensors"
+
+    def log_file(self, name: str) -> Path:
+        """Return the path of one of `LOGS`."""
+        return self.path / f"{name}.jsonl"
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Begin a new run, or one that was stopped before it saved anything.
+
+        Raises:
+            InputError: if the folder holds a run.
+        """
+        if self.last.exists():
+            raise InputError(
+                f"{self.path} holds a run; go on with --resume latest, or name another folder"
+            )
+        with _as_output_error(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._remove_partial_files()
+            for name in LOGS:
+                self.log_file(name).write_bytes(b"")
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(self.path / "config.json", lambda file: file.write(text.encode()))
+
+    def log(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a line to a log."""
+        path = self.log_file(name)
+        with _as_output_error(path), open(path, "ab") as file:
+            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        """Return what a log holds."""
+        return [json.loads(line) for line in self.log_file(name).read_text().splitlines()]
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Replace the state from which the run can go on; the logs so far belong to it."""
+        sizes = {}
+        for name in LOGS:
+            path = self.log_file(name)
+            with _as_output_error(path), open(path, "ab") as file:
+                os.fsync(file.fileno())
+                sizes[name] = file.tell()
+        write_atomically(self.last, partial(torch.save, {**state, "log_sizes": sizes}))
+
+    def load_state(self) -> dict[str, Any]:
+        """Return the latest state.
+
+        Raises:
+            WeightsError: if it cannot be read.
+        """
+        return read_file(self.last).content
+
+    def rewind_logs(self, state: Mapping[str, Any]) -> None:
+        """Cut the logs to what they held when the state was saved.
+
+        Raises:
+            TrainingError: if they are shorter than that.
+        """
+        self._remove_partial_files()
+        for name, size in state["log_sizes"].items():
+            path = self.log_file(name)
+            if not path.exists() or path.stat().st_size < size:
+                raise TrainingError(
+                    f"{path} is shorter than when {self.last} was saved: the folder was changed; "
+                    "start again in another one"
+                )
+            with _as_output_error(path):
+                os.truncate(path, size)
+
+    def save_best(self, model: ActionCLIP) -> None:
+        """Replace the best weights."""
+        save(model, self.best)
+
+    def _remove_partial_files(self) -> None:
+        """Remove what a killed process was writing."""
+        for path in self.path.glob("*.part"):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,513 @@
+"""The training loop: a model, a list of videos and a recipe -> trained weights, step by step.
+
+Plain PyTorch, one process or several under torchrun. All videos of a step, over all processes,
+are each other's negatives, also where a process encodes them in several parts: embeddings are
+computed without gradients first, and again part by part once the loss has told each embedding
+its gradient (arXiv:2101.06983).
+
+Nothing in a step depends on what happened outside of it: the state is the weights, the
+optimiser's moments and a few counters. Yields records for its caller to show; prints nothing.
+
+Source: ActionCLIP (arXiv:2109.08472), sections 3 and 4.1.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from actionclip.annotations import VideoList
+from actionclip.classifier import VideoClassifier
+from actionclip.conversion import config_to_json
+from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader
+from actionclip.distributed import gather_objects, gather_rows, rank, share_buffers, world_size
+from actionclip.errors import InputError, TooManyBadError, TrainingError
+from actionclip.evaluate import StoppedError, evaluate
+from actionclip.losses import contrastive_kl
+from actionclip.models.actionclip import ActionCLIP
+from actionclip.models.layers import Transformer
+from actionclip.precision import PRECISIONS
+from actionclip.prompts import fill_templates, readable
+from actionclip.recipe import Recipe, build_optimizer, prepare, rate_factor, set_train_mode
+from actionclip.runs import RunFolder
+from actionclip.tokenizer import words
+from actionclip.transforms import Preprocessing, normalize
+
+Record = dict[str, Any]
+
+# The number by which the best epoch is chosen, for either kind of list.
+SCORE = {False: "top1", True: "mean_average_precision"}
+
+
+@dataclass(frozen=True)
+class Running:
+    """How a run is carried out; nothing here changes what is learned.
+
+    Attributes:
+        workers: processes that read videos ahead of the model; 0 reads in turn.
+        log_every: steps between records.
+        save_every: steps between saved states; each epoch is saved too.
+        max_bad: share of an epoch's videos that may be unusable.
+        recompute: save memory by activation checkpointing, see `models.layers.Transformer`.
+        compile: let torch.compile make faster kernels of the model first.
+    """
+
+    workers: int = 4
+    log_every: int = 10
+    save_every: int = 1000
+    max_bad: float = 0.01
+    recompute: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("workers", 0), ("log_every", 1), ("save_every", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; use at least {least}")
+        if not 0 <= self.max_bad <= 1:
+            raise InputError(f"max_bad is {self.max_bad}; use a share, 0 to 1")
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: optimiser steps done.
+        evaluated: epochs whose evaluation is done.
+        best: highest score of an evaluation.
+        loss_sum: of the steps since the last record.
+        loss_count: number of them.
+        num_bad: videos of this epoch that had to be replaced.
+    """
+
+    step: int = 0
+    evaluated: int = 0
+    best: float = -1.0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    num_bad: int = 0
+
+
+class Towers(nn.Module):
+    """Both encoders and the temperature, as the one module that processes synchronise."""
+
+    def __init__(self, model: ActionCLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, frames: Tensor, tokens: Tensor, sentence: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode frames (B, T, 3, R, R) uint8 and S distinct sentences (S, L).
+
+        Args:
+            frames: uint8 RGB.
+            tokens: (S, L).
+            sentence: (B,) which sentence belongs to which video.
+
+        Returns:
+            Embeddings (B, D) of videos and of their sentences in fp32, and exp(logit_scale).
+        """
+        model = self.model
+        video = model.encode_video(normalize(frames, model.pixel_mean, model.pixel_std))
+        text = model.encode_text(tokens)[sentence]
+        return video.float(), text.float(), model.clip.logit_scale.exp()
+
+
+class Trainer:
+    """One training run, from its first step or from where it stopped.
+
+    In several processes, each has one with the same arguments; the first writes the files.
+
+    Args:
+        model: on its device; its weights change, its config gets the recipe's templates.
+        train: videos to learn from.
+        recipe: what decides the result.
+        folder: files of the run.
+        val: videos to evaluate on after each epoch, with the class names of `train`. Without
+            them the last epoch is the best one.
+        running: what does not.
+        should_stop: asked after each step; once true on any process, all save and end.
+        on_video: called for each video of an evaluation, such as to show progress.
+
+    Raises:
+        InputError: if the recipe does not fit the data or the model.
+    """
+
+    def __init__(
+        self,
+        model: ActionCLIP,
+        train: VideoList,
+        recipe: Recipe,
+        folder: RunFolder,
+        *,
+        val: VideoList | None = None,
+        running: Running | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_video: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.running = running or Running()
+        if val is not None and val.class_names != train.class_names:
+            raise InputError(f"{val.source} has other classes than {train.source}")
+        if any(p.dtype != torch.float32 for p in model.parameters()):
+            raise InputError(f"weights are {model.dtype}; load the model in float32 to train it")
+        self.model = model
+        self.train, self.val = train, val
+        self.recipe = recipe
+        self.folder = folder
+        self.should_stop = should_stop
+        self.on_video = on_video
+        self.groups = prepare(model, recipe)
+        names = {name for name, p in model.named_parameters() if not p.requires_grad}
+        self._note_words()
+        model.untrained = tuple(name for name in model.untrained if name in names)
+        for module in model.modules():
+            if isinstance(module, Transformer):
+                module.recompute = self.running.recompute
+        self.clips = TrainingClips(
+            train,
+            recipe,
+            model.num_frames,
+            Preprocessing(model.input_resolution, resize=model.input_resolution * 256 // 224),
+            model.config.clip.context_length,
+        )
+        self.optimizer = build_optimizer(recipe, self.groups)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=recipe.precision == "fp16")
+        self.progress = Progress()
+        self.steps_per_epoch = self._sampler().steps_per_epoch
+        self.num_steps = recipe.epochs * self.steps_per_epoch
+
+        self.towers: nn.Module = Towers(model)
+        if self.running.compile:
+            self.towers.compile()
+        self.replica: nn.Module = self.towers
+        if world_size() > 1:
+            self.replica = DistributedDataParallel(self.towers, broadcast_buffers=False)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues, as plain JSON."""
+        data = {"train": self.train, "val": self.val}
+        return {
+            "model": json.loads(config_to_json(self.model.config)),
+            "recipe": json.loads(json.dumps(asdict(self.recipe))),
+            "data": {part: videos.digest for part, videos in data.items() if videos},
+        }
+
+    def resume(self) -> None:
+        """Continue from the folder's latest state.
+
+        Raises:
+            InputError: if the run there has other settings; the message names them.
+            TrainingError: if the folder was changed.
+            WeightsError: if the state cannot be read.
+        """
+        state = self.folder.load_state()
+        if differences := _differences(json.loads(state["settings"]), self.settings):
+            raise InputError(
+                f"{self.folder.path} was started with other settings ({'; '.join(differences)}); "
+                "use the same ones, or another folder"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        if rank() == 0:
+            self.folder.rewind_logs(state)
+
+    def run(self) -> Iterator[Record]:
+        """Train to the end, or until asked to stop; state is saved on the way and at the end.
+
+        Yields:
+            A record after every `log_every` steps and each evaluation, the same on every
+            process, also written to the folder's metrics.
+
+        Raises:
+            TrainingError: if a loss or gradient is not finite; no weight has changed then.
+            TooManyBadError: if more videos than `max_bad` of an epoch cannot be used.
+            OutputError: if the folder cannot be written.
+        """
+        if (yield from self._end_epoch()):
+            return
+        loader = build_loader(self.clips, self._sampler(), self.running.workers)
+        set_train_mode(self.model)
+        since = time.monotonic()
+        for batch in loader:
+            stop_asked = self._step(batch)
+            step = self.progress.step
+            epoch_ends = step % self.steps_per_epoch == 0
+            if epoch_ends or step % self.running.log_every == 0:
+                seconds, since = time.monotonic() - since, time.monotonic()
+                yield self._log(self._train_record(seconds))
+            if epoch_ends:
+                stop_asked = (yield from self._end_epoch()) or stop_asked
+                since = time.monotonic()
+            elif stop_asked or step % self.running.save_every == 0:
+                self._save()
+            if stop_asked:
+                return
+
+    def _step(self, batch: Batch) -> bool:
+        """Do one optimiser step; returns whether any process was asked to stop."""
+        factor = rate_factor(self.recipe, self.progress.step, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+        loss = self._backward(batch)
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for group in self.groups for p in group.trained]
+        norm = nn.utils.get_total_norm([_grad(p) for p in trained])
+        if self.recipe.clip_gradient is not None:
+            nn.utils.clip_grads_with_norm_(trained, self.recipe.clip_gradient, norm)
+        # What each process must tell all, in one exchange: NaN passes through it as it is.
+        mine = [float(loss), float(norm), self.should_stop(), len(batch.faults), batch.exhausted]
+        device = self.model.device
+        told, _ = gather_rows(torch.tensor([mine], dtype=torch.float64, device=device))
+        losses, norms, stops, faults, exhausted = told.T.tolist()
+        if any(faults):
+            self._count_bad(gather_objects(batch.faults), any(exhausted))
+        # Under fp16 the scaler skips a step whose gradient has overflowed, and adapts.
+        may_overflow = self.scaler.is_enabled()
+        if not all(map(math.isfinite, losses if may_overflow else losses + norms)):
+            raise self._not_finite(batch, losses)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        share_buffers(self.model)
+        self.progress.step += 1
+        self.progress.loss_sum += sum(losses)
+        self.progress.loss_count += 1
+        return any(stops)
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of this process's share of the loss, and return the share."""
+        parts = batch.split(self.recipe.micro_batch)
+        if len(parts) == 1:
+            video, text, scale = self._encode(self.replica, 0, batch)
+            loss = self._loss(video, text, batch.labels, scale)
+            self.scaler.scale(loss * world_size()).backward()
+            return loss.detach()
+
+        statistics = [buffer.clone() for buffer in self.model.buffers()]
+        with torch.no_grad():
+            cached = [self._encode(self.towers, i, part) for i, part in enumerate(parts)]
+        for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+            buffer.copy_(before)  # the second pass counts
+        for embeddings in cached:
+            for x in embeddings:
+                x.requires_grad_()
+        video, text = (torch.cat([embeddings[i] for embeddings in cached]) for i in (0, 1))
+        loss = self._loss(video, text, batch.labels, cached[-1][2])
+        self.scaler.scale(loss * world_size()).backward()
+        for i, (part, embeddings) in enumerate(zip(parts, cached, strict=True)):
+            with self._without_sync(part is not parts[-1]):
+                again = self._encode(self.replica, i, part)
+                pairs = [
+                    (x, before.grad)
+                    for x, before in zip(again, embeddings, strict=True)
+                    if x.requires_grad and before.grad is not None
+                ]
+                torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+        return loss.detach()
+
+    def _encode(self, towers: nn.Module, part: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode a part of a batch; what is random in it depends on the step and the part."""
+        seeds = [self.recipe.seed, self.progress.step, rank(), part]
+        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
+        tokens, sentence = batch.tokens.unique(dim=0, return_inverse=True)
+        device = self.model.device
+        inputs = (batch.frames.to(device), tokens.to(device), sentence.to(device))
+        with self._autocast():
+            return towers(*inputs)
+
+    def _loss(self, video: Tensor, text: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+        """Return this process's share of the loss over the videos of all processes."""
+        both, rows = gather_rows(torch.stack([video, text], 1))
+        all_labels, _ = gather_rows(labels.to(video.device))
+        all_video, all_text = both.unbind(1)
+        return contrastive_kl(
+            all_video,
+            all_text,
+            all_labels,
+            scale,
+            target=self.recipe.target,
+            rows=rows if world_size() > 1 else None,
+        )
+
+    def _autocast(self) -> torch.autocast:
+        dtype = PRECISIONS[self.recipe.precision]
+        return torch.autocast(self.model.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _without_sync(self, wanted: bool) -> contextlib.AbstractContextManager[None]:
+        if wanted and isinstance(self.replica, DistributedDataParallel):
+            return self.replica.no_sync()
+        return contextlib.nullcontext()
+
+    def _count_bad(self, faults_by_rank: Sequence[Sequence[Fault]], exhausted: bool) -> None:
+        """Write down videos that could not be used, and stop if they are too many."""
+        step = self.progress.step
+        faults = [fault for faults in faults_by_rank for fault in faults]
+        for fault in faults:
+            if rank() == 0:
+                self.folder.log("bad_samples", {"step": step, **asdict(fault)})
+        bad = [fault for fault in faults if fault.replaced]
+        self.progress.num_bad += len(bad)
+        drawn = self.steps_per_epoch * self.recipe.batch_size
+        if exhausted or self.progress.num_bad > self.running.max_bad * drawn:
+            first = bad[0]
+            raise TooManyBadError(
+                f"{self.progress.num_bad} of the {drawn} videos of epoch "
+                f"{step // self.steps_per_epoch + 1} cannot be used, more than --max-bad "
+                f"{self.running.max_bad:g} allows; one is {first.path} ({first.message}), all are "
+                f"in {self.folder.log_file('bad_samples')}"
+            )
+
+    def _not_finite(self, batch: Batch, losses: Sequence[float]) -> TrainingError:
+        """Find out which videos made the loss or its gradient no number, on which process."""
+        with torch.no_grad():
+            video, text, _ = self._encode(self.towers, 0, batch)
+        finite = (video.isfinite() & text.isfinite()).all(1).tolist()
+        culprits = [path for path, good in zip(batch.paths, finite, strict=True) if not good]
+        mine = (not all(finite) or not math.isfinite(losses[rank()]), culprits or batch.paths)
+        guilty = [(i, paths) for i, (bad, paths) in enumerate(gather_objects(mine)) if bad]
+        what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
+        where = "; ".join(f"rank {i}: {_some(paths)}" for i, paths in guilty) or "all ranks"
+        return TrainingError(
+            f"the {what} is not finite in step {self.progress.step + 1} ({where}); the weights in "
+            f"{self.folder.path} are those before it. Try a lower --lr, --clip-gradient 1 or "
+            "--precision bf16"
+        )
+
+    def _end_epoch(self) -> Generator[Record, None, bool]:
+        """Evaluate and save, if an epoch has just ended; returns whether asked to stop."""
+        progress = self.progress
+        epoch, rest = divmod(progress.step, self.steps_per_epoch)
+        if rest or progress.evaluated == epoch:
+            return False
+        stopped = False
+        if self.val is None:
+            progress.evaluated = epoch
+            self._save_best()
+        else:
+            try:
+                record = self._evaluate()
+            except StoppedError:
+                stopped = True
+            else:
+                progress.evaluated = epoch
+                if record[SCORE[self.val.multi_label]] > progress.best:
+                    progress.best = record[SCORE[self.val.multi_label]]
+                    self._save_best()
+                yield self._log(record)
+            set_train_mode(self.model)
+        if not stopped:
+            progress.num_bad = 0
+        self._save()
+        return stopped
+
+    def _evaluate(self) -> Record:
+        assert self.val is not None
+        with self._autocast():
+            classifier = VideoClassifier(
+                self.model,
+                self.val.class_names,
+                raw_labels=self.recipe.raw_labels,
+                workers=max(1, self.running.workers),
+            )
+            result = evaluate(
+                classifier,
+                self.val.samples,
+                multi_label=self.val.multi_label,
+                on_result=lambda _: self.on_video(),
+                should_stop=self.should_stop,
+            )
+        return {
+            "kind": "eval",
+            "step": self.progress.step,
+            "epoch": self.progress.step / self.steps_per_epoch,
+            **result.metrics,
+            "videos": result.num_videos,
+            "failed": len(result.failures),
+            "hash": self.val.digest,
+        }
+
+    def _train_record(self, seconds: float) -> Record:
+        progress = self.progress
+        loss = progress.loss_sum / progress.loss_count
+        record = {
+            "kind": "train",
+            "step": progress.step,
+            "epoch": progress.step / self.steps_per_epoch,
+            "loss": loss,
+            "lr": {group["name"]: group["lr"] for group in self.optimizer.param_groups},
+            "logit_scale": float(self.model.clip.logit_scale.detach().exp()),
+            "clips_per_second": progress.loss_count * self.recipe.batch_size / seconds,
+        }
+        progress.loss_sum, progress.loss_count = 0.0, 0
+        return record
+
+    def _log(self, record: Record) -> Record:
+        if rank() == 0:
+            self.folder.log("metrics", record)
+        return record
+
+    def _save(self) -> None:
+        if rank() == 0:
+            self.folder.save_state(
+                {
+                    "settings": json.dumps(self.settings),
+                    "model": self.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "progress": asdict(self.progress),
+                }
+            )
+
+    def _save_best(self) -> None:
+        if rank() == 0:
+            self.folder.save_best(self.model)
+
+    def _sampler(self) -> RunSampler:
+        return RunSampler(len(self.clips), self.recipe, self.progress.step, rank(), world_size())
+
+    def _note_words(self) -> None:
+        """Write the recipe's templates and, if the model knows few words, those of the labels."""
+        config = replace(self.model.config, templates=self.recipe.templates)
+        if config.vocabulary is not None or "clip.token_embedding.weight" in self.model.untrained:
+            names = self.train.class_names
+            names = names if self.recipe.raw_labels else tuple(map(readable, names))
+            prompts = fill_templates(config.templates, names)
+            learned = {word for prompt in prompts for word in words(prompt)}
+            config = replace(
+                config, vocabulary=tuple(sorted({*(config.vocabulary or ()), *learned}))
+            )
+        self.model.config = config
+
+
+def _grad(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
+def _some(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Name the settings that differ, with both values."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old}, is {new}")
+    return found
