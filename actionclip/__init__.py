@@ -1,11 +1,12 @@
 """Recognise human actions in video by matching the video against sentences."""
 
-from actionclip import sampling, tokenizer, video
+from actionclip import losses, sampling, tokenizer, video
 from actionclip.classifier import Prediction, VideoClassifier, VideoResult
 from actionclip.errors import (
     ActionClipError,
     DownloadError,
     InputError,
+    OutputError,
     VideoError,
     WeightsError,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "CLIPConfig",
     "DownloadError",
     "InputError",
+    "OutputError",
     "Prediction",
     "VideoClassifier",
     "VideoError",
@@ -30,6 +32,7 @@ __all__ = [
     "WeightsError",
     "available_models",
     "load",
+    "losses",
     "sampling",
     "save",
     "tokenize",

@@ -240,7 +240,9 @@ def _restore_rows(clip: State, config: ActionCLIPConfig) -> None:
     if stored is None or len(stored) == config.clip.vocab_size:
         return
     if len(stored) != len(rows) or rows[-1] >= config.clip.vocab_size:
-        raise WeightsError(f"{key} has {len(stored)} rows; the vocabulary stored with it has other")
+        raise WeightsError(
+            f"{key} has {len(stored)} rows, but the vocabulary stored with it {len(rows)} tokens"
+        )
     clip[key] = stored.new_zeros(config.clip.vocab_size, stored.shape[1])
     clip[key][rows] = stored
 

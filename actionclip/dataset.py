@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from actionclip.annotations import Sample, VideoList
 from actionclip.augment import augment
-from actionclip.errors import InputError, VideoError
+from actionclip.errors import InputError, TrainingError, VideoError
 from actionclip.prompts import fill_templates, readable
 from actionclip.recipe import Recipe
 from actionclip.sampling import random_segment_indices
@@ -267,6 +267,23 @@ def build_loader(clips: TrainingClips, sampler: RunSampler, workers: int) -> Dat
         generator=torch.Generator(),
         prefetch_factor=4 if workers else None,
     )
+
+
+def read(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Yield the batches of a loader.
+
+    Raises:
+        TrainingError: if a worker process dies, which PyTorch calls a RuntimeError.
+    """
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that reads videos died ({str(error).splitlines()[0]}); if memory or "
+            "/dev/shm ran out, use fewer --workers"
+        ) from error
 
 
 def _ignore_signals(worker: int) -> None:

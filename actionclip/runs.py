@@ -53,16 +53,19 @@ class RunFolder:
         """Return the path of one of `LOGS`."""
         return self.path / f"{name}.jsonl"
 
-    def start(self, config: Mapping[str, Any]) -> None:
-        """Begin a new run, or one that was stopped before it saved anything.
+    def check_free(self) -> None:
+        """Refuse a folder that holds a run.
 
         Raises:
-            InputError: if the folder holds a run.
+            InputError: if it does.
         """
         if self.last.exists():
             raise InputError(
                 f"{self.path} holds a run; go on with --resume latest, or name another folder"
             )
+
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Begin a new run, or again one that was stopped before it saved anything."""
         with _as_output_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._remove_partial_files()

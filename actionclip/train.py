@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from actionclip.annotations import VideoList
 from actionclip.classifier import VideoClassifier
 from actionclip.conversion import config_to_json
-from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader
+from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader, read
 from actionclip.distributed import gather_objects, gather_rows, rank, share_buffers, world_size
 from actionclip.errors import InputError, TooManyBadError, TrainingError
 from actionclip.evaluate import StoppedError, evaluate
@@ -240,7 +240,7 @@ class Trainer:
         loader = build_loader(self.clips, self._sampler(), self.running.workers)
         set_train_mode(self.model)
         since = time.monotonic()
-        for batch in loader:
+        for batch in read(loader):
             stop_asked = self._step(batch)
             step = self.progress.step
             epoch_ends = step % self.steps_per_epoch == 0

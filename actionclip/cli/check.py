@@ -11,13 +11,12 @@ from itertools import islice
 import torch
 from tqdm import tqdm
 
-from actionclip.annotations import Sample, describe, read_video_list
+from actionclip.annotations import Sample, describe
 from actionclip.classifier import VideoResult
-from actionclip.cli import command
+from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.report import WRITERS, open_output
 from actionclip.errors import InputError, VideoError
-from actionclip.labels import read_labels
 from actionclip.video import Limits, decode
 
 PROG = "actionclip-check"
@@ -47,16 +46,7 @@ def build_parser() -> command.OneLineParser:
     parser.add_argument(
         "data", metavar="DATA", help="folder with a folder per class, or a list in a known format"
     )
-    parser.add_argument(
-        "--videos", metavar="DIR", help="folder that the paths of a list start from"
-    )
-    parser.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="the classes: .txt with a label a line, or .csv with columns id,name "
-        "(default: those that the data names)",
-    )
-    parser.add_argument("--split", metavar="S", help="part of the data, such as test1 or val")
+    options.add_data_options(parser)
     parser.add_argument(
         "--workers",
         type=int,
@@ -84,10 +74,7 @@ def check(args: argparse.Namespace) -> ExitCode:
     if args.workers < 1:
         raise InputError(f"--workers is {args.workers}, it must be at least 1")
     refuse_to_overwrite(args)
-    class_names = None if args.labels is None else read_labels([args.labels])
-    videos = read_video_list(
-        args.data, videos=args.videos, class_names=class_names, split=args.split
-    )
+    videos = options.read_data(args, args.data)
     for line in describe(videos):
         command.say(PROG, line)
     counts = {"ok": 0, "damaged": 0, "error": 0, "missing": 0}

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from actionclip import __version__, distributed
-from actionclip.annotations import VideoList, read_video_list
+from actionclip.annotations import VideoList
 from actionclip.annotations import describe as describe_data
 from actionclip.classifier import VideoClassifier
 from actionclip.cli import command, options
@@ -23,7 +23,6 @@ from actionclip.cli.plots import METRICS, draw_confusion
 from actionclip.cli.report import open_output
 from actionclip.errors import MissingExtraError, OutputError
 from actionclip.evaluate import Evaluation, evaluate
-from actionclip.labels import read_labels
 from actionclip.precision import PRECISIONS
 
 PROG = "actionclip-eval"
@@ -63,14 +62,7 @@ def build_parser() -> command.OneLineParser:
         required=True,
         help="labelled videos: a folder with a folder for each class, or a list in a known format",
     )
-    data.add_argument("--videos", metavar="DIR", help="folder that the paths of a list start from")
-    data.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="the classes: .txt with a label a line, or .csv with columns id,name "
-        "(default: those that the data names)",
-    )
-    data.add_argument("--split", metavar="S", help="part of the data, such as test1 or val")
+    options.add_data_options(data)
     options.add_model_options(parser)
     options.add_view_options(parser)
     options.add_text_options(parser)
@@ -94,10 +86,7 @@ def evaluate_data(args: argparse.Namespace) -> ExitCode:
         is_first = distributed.rank() == 0
         if not is_first:
             warnings.simplefilter("ignore")  # the first process says the same
-        class_names = None if args.labels is None else read_labels([args.labels])
-        videos = read_video_list(
-            args.data, videos=args.videos, class_names=class_names, split=args.split
-        )
+        videos = options.read_data(args, args.data)
         if is_first and args.output is not None:
             make_folder(args.output)  # a mistake should not be found after the last video
         classifier = options.build_classifier(args, videos.class_names)

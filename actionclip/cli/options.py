@@ -6,12 +6,31 @@ from typing import Any
 
 import torch
 
+from actionclip.annotations import VideoList, read_video_list
 from actionclip.classifier import VideoClassifier
 from actionclip.errors import InputError
-from actionclip.labels import read_templates
+from actionclip.labels import read_labels, read_templates
 from actionclip.models.actionclip import TEMPORAL
 from actionclip.precision import PRECISIONS, automatic_dtype
 from actionclip.weights import load
+
+
+def add_data_options(group: Any, data: str = "the data") -> None:
+    """Add what helps to read a data set."""
+    group.add_argument("--videos", metavar="DIR", help="folder that the paths of a list start from")
+    group.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="the classes: .txt with a label a line, or .csv with columns id,name "
+        f"(default: those that {data} names)",
+    )
+    group.add_argument("--split", metavar="S", help=f"part of {data}, such as train1 or val")
+
+
+def read_data(args: argparse.Namespace, data: str) -> VideoList:
+    """Read the data set that the options above describe."""
+    class_names = None if args.labels is None else read_labels([args.labels])
+    return read_video_list(data, videos=args.videos, class_names=class_names, split=args.split)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> Any:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -20,7 +21,7 @@ from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.plots import draw_curves
 from actionclip.errors import InputError, MissingExtraError
-from actionclip.labels import read_labels, read_templates
+from actionclip.labels import read_templates
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.precision import PRECISIONS, automatic_dtype
 from actionclip.recipe import ParameterGroup, Recipe
@@ -54,7 +55,6 @@ def build_parser() -> command.OneLineParser:
     """Describe the command's arguments."""
     parser = command.build_parser(PROG, "Fine-tune a model on labelled videos.")
     parser.epilog = EPILOG
-    default = Recipe()
     _add_data_options(parser)
     model = options.add_model_options(parser)
     model.add_argument("--frames", type=int, metavar="T", help="frames taken from a video (8)")
@@ -67,8 +67,8 @@ def build_parser() -> command.OneLineParser:
         help="leave the visual prompt of the weights behind and start --temporal anew",
     )
     options.add_text_options(parser)
-    _add_recipe_options(parser, default)
-    _add_lock_options(parser, default)
+    _add_recipe_options(parser, Recipe())
+    _add_lock_options(parser)
     _add_augmentation_options(parser, Augmentation(resolution=1))
     _add_running_options(parser, Running())
     return parser
@@ -83,79 +83,46 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         help="folder with a folder per class, or a list in a known format",
     )
     data.add_argument("--val", metavar="DATA", help="likewise, to evaluate on after each epoch")
-    data.add_argument(
-        "--videos", metavar="DIR", help="folder that the paths of the lists start from"
-    )
-    data.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="the classes: .txt with a label a line, or .csv with columns id,name "
-        "(default: those of the training data)",
-    )
-    data.add_argument("--split", metavar="S", help="part of --train, such as train1")
+    options.add_data_options(data, "the training data")
     data.add_argument("--val-split", metavar="S", help="part of --val, such as test1")
     data.add_argument("--shots", type=int, metavar="K", help="use only K videos of each class")
 
 
+def _add_number(
+    group: argparse._ArgumentGroup, name: str, default: float, metavar: str, text: str = ""
+) -> None:
+    """Add an option for a number of the default's type, which the help shows."""
+    shown = f"{text} (%(default)g)".strip()
+    group.add_argument(name, type=type(default), default=default, metavar=metavar, help=shown)
+
+
 def _add_recipe_options(parser: argparse.ArgumentParser, default: Recipe) -> None:
     recipe = parser.add_argument_group("recipe (defaults: the paper's)")
-    recipe.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
-    recipe.add_argument(
-        "--batch-size",
-        type=int,
-        default=default.batch_size,
-        metavar="N",
-        help="videos of a step, over all processes (%(default)s)",
-    )
+    number = partial(_add_number, recipe)
+    number("--epochs", default.epochs, "N")
+    number("--batch-size", default.batch_size, "N", "videos of a step, over all processes")
     recipe.add_argument(
         "--micro-batch",
         type=int,
         metavar="N",
         help="encode N videos at a time, for less memory; a step still compares all of them",
     )
-    recipe.add_argument(
-        "--lr", type=float, default=default.learning_rate, help="learning rate (%(default)s)"
-    )
-    recipe.add_argument(
-        "--visual-lr-ratio",
-        type=float,
-        default=default.visual_ratio,
-        metavar="R",
-        help="rate of the image encoder over --lr (%(default)s)",
-    )
-    recipe.add_argument(
-        "--head-lr-ratio",
-        type=float,
-        default=default.head_ratio,
-        metavar="R",
-        help="rate of the temporal head over --lr (%(default)s)",
-    )
-    recipe.add_argument(
-        "--weight-decay",
-        type=float,
-        default=default.weight_decay,
-        metavar="W",
-        help="(%(default)s)",
-    )
-    recipe.add_argument(
-        "--warmup-epochs",
-        type=float,
-        default=default.warmup_epochs,
-        metavar="E",
-        help="(%(default)s)",
-    )
+    number("--lr", default.learning_rate, "RATE", "learning rate of the text encoder")
+    number("--visual-lr-ratio", default.visual_ratio, "R", "rate of the image encoder over --lr")
+    number("--head-lr-ratio", default.head_ratio, "R", "rate of the temporal head over --lr")
+    number("--weight-decay", default.weight_decay, "W")
+    number("--warmup-epochs", default.warmup_epochs, "E")
     recipe.add_argument(
         "--schedule",
         choices=("cosine", "constant"),
         default=default.schedule,
         help="of the rate after warm-up (%(default)s)",
     )
-    recipe.add_argument(
+    number(
         "--lr-every",
-        type=int,
-        default=default.rate_every,
-        metavar="N",
-        help="steps between changes of the rate; the official code has 10 (%(default)s)",
+        default.rate_every,
+        "N",
+        "steps between changes of the rate; the official code has 10",
     )
     recipe.add_argument(
         "--target",
@@ -167,12 +134,8 @@ def _add_recipe_options(parser: argparse.ArgumentParser, default: Recipe) -> Non
     recipe.add_argument(
         "--clip-gradient", type=float, metavar="NORM", help="longest gradient (any)"
     )
-    recipe.add_argument(
-        "--drop-path",
-        type=float,
-        default=default.drop_path,
-        metavar="P",
-        help="stochastic depth, growing to P at the last blocks (%(default)g)",
+    number(
+        "--drop-path", default.drop_path, "P", "stochastic depth, growing to P at the last block"
     )
     recipe.add_argument(
         "--frame-position-std",
@@ -180,10 +143,10 @@ def _add_recipe_options(parser: argparse.ArgumentParser, default: Recipe) -> Non
         metavar="S",
         help="spread of a new transf head's frame positions (0.02)",
     )
-    recipe.add_argument("--seed", type=int, default=default.seed, help="(%(default)s)")
+    number("--seed", default.seed, "S")
 
 
-def _add_lock_options(parser: argparse.ArgumentParser, default: Recipe) -> None:
+def _add_lock_options(parser: argparse.ArgumentParser) -> None:
     lock = parser.add_argument_group("what is trained (default: everything)")
     for tower in ("image", "text"):
         lock.add_argument(
@@ -198,6 +161,7 @@ def _add_lock_options(parser: argparse.ArgumentParser, default: Recipe) -> None:
 
 def _add_augmentation_options(parser: argparse.ArgumentParser, default: Augmentation) -> None:
     group = parser.add_argument_group("augmentation (defaults: the paper's for Kinetics)")
+    shown = f"{default.randaugment_ops} {default.randaugment_magnitude}"
     group.add_argument(
         "--no-augmentation", action="store_true", help="train on the centre crop of evaluation"
     )
@@ -207,7 +171,7 @@ def _add_augmentation_options(parser: argparse.ArgumentParser, default: Augmenta
         nargs=2,
         default=(default.randaugment_ops, default.randaugment_magnitude),
         metavar=("N", "M"),
-        help="N operations of magnitude M, 0 to 30; 0 0 for none (%(default)s)",
+        help=f"N operations of magnitude M, 0 to 30; 0 0 for none ({shown})",
     )
     group.add_argument(
         "--flip",
@@ -215,20 +179,8 @@ def _add_augmentation_options(parser: argparse.ArgumentParser, default: Augmenta
         default="auto",
         help="mirror half of the videos; auto does not where a label names left or right",
     )
-    group.add_argument(
-        "--jitter",
-        type=float,
-        default=default.jitter,
-        metavar="P",
-        help="share of videos with changed colours (%(default)s)",
-    )
-    group.add_argument(
-        "--grayscale",
-        type=float,
-        default=default.grayscale,
-        metavar="P",
-        help="share of videos without colour (%(default)s)",
-    )
+    _add_number(group, "--jitter", default.jitter, "P", "share of videos with changed colours")
+    _add_number(group, "--grayscale", default.grayscale, "P", "share of videos without colour")
     group.add_argument(
         "--crop-scales",
         type=float,
@@ -252,29 +204,13 @@ def _add_running_options(parser: argparse.ArgumentParser, default: Running) -> N
         choices=("latest",),
         help="go on where RUN was stopped; the same command with the same result",
     )
-    running.add_argument(
-        "--workers",
-        type=int,
-        default=min(default.workers, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that read videos, for each training process (%(default)s)",
-    )
-    running.add_argument(
-        "--log-every", type=int, default=default.log_every, metavar="N", help="steps (%(default)s)"
-    )
-    running.add_argument(
-        "--save-every",
-        type=int,
-        default=default.save_every,
-        metavar="N",
-        help="steps between saved states; each epoch is saved too (%(default)s)",
-    )
-    running.add_argument(
-        "--max-bad",
-        type=float,
-        default=default.max_bad,
-        metavar="SHARE",
-        help="stop if more of an epoch's videos cannot be used (%(default)s)",
+    number = partial(_add_number, running)
+    workers = min(default.workers, os.cpu_count() or 1)
+    number("--workers", workers, "N", "processes that read videos, for each training process")
+    number("--log-every", default.log_every, "N", "steps between lines of metrics.jsonl")
+    number("--save-every", default.save_every, "N", "steps between saved states, beside each epoch")
+    number(
+        "--max-bad", default.max_bad, "SHARE", "stop if more of an epoch's videos cannot be used"
     )
     running.add_argument(
         "--checkpoint-activations", action="store_true", help="use less memory and more time"
@@ -307,6 +243,7 @@ def _train(
 ) -> ExitCode:
     videos, val = read_data(args)
     is_first = distributed.rank() == 0
+    torch.manual_seed(args.seed)  # for weights that no file holds
     model = load(
         args.model,
         temporal=args.temporal,
@@ -340,9 +277,11 @@ def _train(
     if args.resume and folder.last.exists():
         trainer.resume()
         tell(f"going on at step {trainer.progress.step} of {trainer.num_steps}")
-    elif is_first:
+    else:
+        folder.check_free()
+    if is_first and trainer.progress.step == 0:
         folder.start(describe_run(trainer, running, device))
-    for line in table(trainer.groups):
+    for line in (*table(trainer.groups), describe_steps(trainer, device)):
         tell(line)
     bar.start(trainer)
     board = open_tensorboard(args.output, trainer.progress.step) if is_first else None
@@ -371,8 +310,7 @@ def _train(
 
 def read_data(args: argparse.Namespace) -> tuple[VideoList, VideoList | None]:
     """Read the lists, and say what they were taken for."""
-    names = None if args.labels is None else read_labels([args.labels])
-    videos = read_video_list(args.train, videos=args.videos, class_names=names, split=args.split)
+    videos = options.read_data(args, args.train)
     if args.shots is not None:
         videos = few_shot(videos, args.shots, args.seed)
     val = None
@@ -476,6 +414,20 @@ def table(groups: Sequence[ParameterGroup]) -> list[str]:
     return lines
 
 
+def describe_steps(trainer: Trainer, device: torch.device) -> str:
+    """Return a line on the steps of the run, and on the videos that they leave out."""
+    recipe, num_videos = trainer.recipe, len(trainer.clips)
+    line = (
+        f"{recipe.epochs} epochs of {trainer.steps_per_epoch} steps with {recipe.batch_size} "
+        f"videos, {recipe.precision} on {device}"
+    )
+    if rest := num_videos - trainer.steps_per_epoch * recipe.batch_size:
+        line += f"; in each epoch {rest} videos, other ones each time, do not fill a batch"
+    if unlabelled := len(trainer.train.samples) - num_videos:
+        line += f"; {unlabelled} videos without a label are left out"
+    return line
+
+
 class Bar:
     """The progress bar: steps of the run, then videos of an evaluation."""
 
@@ -508,6 +460,8 @@ class Bar:
                 refresh=False,
             )
             self.bar.update(record["step"] - self.bar.n)
+            if self.hidden and record["epoch"] == int(record["epoch"]):
+                tell(f"epoch {record['epoch']:g}: {self.bar.postfix}")
             return
         self.num_videos = 0
         names = (*SCORE.values(), "top5", "mean_class_accuracy")
