@@ -24,7 +24,7 @@ from actionclip.models.actionclip import ActionCLIP
 from actionclip.prompts import TEMPLATES, check_class_names, fill_templates, readable
 from actionclip.sampling import view_indices
 from actionclip.similarity import EVALUATION_SCALE, fuse_templates, fuse_views
-from actionclip.tokenizer import tokenize
+from actionclip.tokenizer import tokenize, words
 from actionclip.transforms import Preprocessing, normalize, views
 from actionclip.video import DecodedVideo, Limits, Span, decode
 
@@ -169,6 +169,15 @@ class VideoClassifier:
                 f"temporal={model.config.temporal!r}",
                 stacklevel=2,
             )
+        if model.config.vocabulary is not None:
+            known = set(model.config.vocabulary)
+            unknown = {word for prompt in prompts for word in words(prompt)} - known
+            if unknown:
+                warnings.warn(
+                    "labels use words that the model never learned: "
+                    f"{', '.join(sorted(unknown))}; it knows: {', '.join(sorted(known))}",
+                    stacklevel=2,
+                )
 
     def __call__(self, videos: Video | Tensor | Iterable[Video | Tensor]) -> Prediction:
         """Classify one video or a list of videos.

@@ -72,7 +72,8 @@ class RunFolder:
             for name in LOGS:
                 self.log_file(name).write_bytes(b"")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(self.path / "config.json", lambda file: file.write(text.encode()))
+        content = text.encode("utf-8", "replace")
+        write_atomically(self.path / "config.json", lambda file: file.write(content))
 
     def log(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a line to a log."""
@@ -82,7 +83,8 @@ class RunFolder:
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return what a log holds."""
-        return [json.loads(line) for line in self.log_file(name).read_text().splitlines()]
+        with open(self.log_file(name), encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
 
     def save_state(self, state: Mapping[str, Any]) -> None:
         """Replace the state from which the run can go on; the logs so far belong to it."""
@@ -124,9 +126,10 @@ class RunFolder:
         save(model, self.best)
 
     def _remove_partial_files(self) -> None:
-        """Remove what a killed process was writing."""
-        for path in self.path.glob("*.part"):
-            path.unlink(missing_ok=True)
+        """Remove what a killed process was writing, see `write_atomically`."""
+        for name in ("config.json", self.last.name, self.best.name):
+            for path in self.path.glob(f"{name}.*.part"):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

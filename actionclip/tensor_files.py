@@ -170,8 +170,12 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
             os.fsync(file.fileno())
         os.replace(partial, shown)
         _flush_folder(os.path.dirname(shown) or ".")
-    except OSError as error:
-        raise OutputError(f"{shown}: cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save hides what the disk said behind a complaint about its archive.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OutputError(f"{shown}: cannot be written: {cause.strerror or cause}") from error
     finally:
         if os.path.exists(partial):
             os.remove(partial)

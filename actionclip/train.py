@@ -239,14 +239,15 @@ class Trainer:
             return
         loader = build_loader(self.clips, self._sampler(), self.running.workers)
         set_train_mode(self.model)
-        since = time.monotonic()
+        since, first = time.monotonic(), self.progress.step
         for batch in read(loader):
             stop_asked = self._step(batch)
             step = self.progress.step
             epoch_ends = step % self.steps_per_epoch == 0
             if epoch_ends or step % self.running.log_every == 0:
-                seconds, since = time.monotonic() - since, time.monotonic()
-                yield self._log(self._train_record(seconds))
+                videos = (step - first) * self.recipe.batch_size
+                yield self._log(self._train_record(videos / (time.monotonic() - since)))
+                since, first = time.monotonic(), step
             if epoch_ends:
                 stop_asked = (yield from self._end_epoch()) or stop_asked
                 since = time.monotonic()
@@ -289,7 +290,9 @@ class Trainer:
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of this process's share of the loss, and return the share."""
         parts = batch.split(self.recipe.micro_batch)
-        if len(parts) == 1:
+        # All processes go the same way, or their exchanges would not meet: the first has most.
+        largest = -(-self.recipe.batch_size // world_size())
+        if largest <= (self.recipe.micro_batch or largest):
             video, text, scale = self._encode(self.replica, 0, batch)
             loss = self._loss(video, text, batch.labels, scale)
             self.scaler.scale(loss * world_size()).backward()
@@ -356,7 +359,7 @@ class Trainer:
         faults = [fault for faults in faults_by_rank for fault in faults]
         for fault in faults:
             if rank() == 0:
-                self.folder.log("bad_samples", {"step": step, **asdict(fault)})
+                self.folder.log("bad_samples", {"step": step + 1, **asdict(fault)})
         bad = [fault for fault in faults if fault.replaced]
         self.progress.num_bad += len(bad)
         drawn = self.steps_per_epoch * self.recipe.batch_size
@@ -438,7 +441,7 @@ class Trainer:
             "hash": self.val.digest,
         }
 
-    def _train_record(self, seconds: float) -> Record:
+    def _train_record(self, clips_per_second: float) -> Record:
         progress = self.progress
         loss = progress.loss_sum / progress.loss_count
         record = {
@@ -448,7 +451,7 @@ class Trainer:
             "loss": loss,
             "lr": {group["name"]: group["lr"] for group in self.optimizer.param_groups},
             "logit_scale": float(self.model.clip.logit_scale.detach().exp()),
-            "clips_per_second": progress.loss_count * self.recipe.batch_size / seconds,
+            "clips_per_second": clips_per_second,
         }
         progress.loss_sum, progress.loss_count = 0.0, 0
         return record

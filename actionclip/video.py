@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import index as as_int
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import av
 
@@ -32,6 +32,7 @@ import torch
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 from torch import Tensor
 
@@ -62,6 +63,11 @@ _PLANNED_CODECS = frozenset({"h264", "hevc", "vp9", "av1"})
 
 # These store no times, only a rate; the pts that libav makes up for them may even run backwards.
 _FIXED_RATE_CONTAINERS = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo"})
+
+# Newer PyAV starts threads to convert a frame, which cost more than they save for small ones.
+_ONE_THREAD: dict[str, Any] = (
+    {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
+)
 
 FrameTransform = Callable[[Tensor], Tensor]
 _Number = TypeVar("_Number", float, np.ndarray)
@@ -381,7 +387,7 @@ class _ChosenFrames:
 def _to_rgb(frame: VideoFrame, size: tuple[int, int] | None) -> Tensor:
     """Return a frame as (3, H, W) uint8 RGB, rotated, with the channels innermost in memory."""
     width, height = size or (frame.width, frame.height)
-    pixels: np.ndarray = frame.to_ndarray(format="rgb24", width=width, height=height)
+    pixels: np.ndarray = frame.to_ndarray(format="rgb24", width=width, height=height, **_ONE_THREAD)
     image = torch.from_numpy(pixels)
     if frame.rotation:  # in degrees counter-clockwise, as for rot90
         image = torch.rot90(image, round(frame.rotation / 90), (0, 1)).contiguous()

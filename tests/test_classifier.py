@@ -1,6 +1,7 @@
 """VideoClassifier: one flow from a file to scores, whatever the batching."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import filled
@@ -282,6 +283,32 @@ def test_untrained_weights_are_named_once(videos: list[Path]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         classifier(videos)
+
+
+def test_words_that_the_model_never_learned_are_named_once(
+    model: ActionCLIP, videos: list[Path]
+) -> None:
+    vocabulary = ("red", "moving", "circle", "a", "see")
+    config = replace(model.config, templates=("{}", "see {}"), vocabulary=vocabulary)
+    small = ActionCLIP(config)
+    small.load_state_dict(model.state_dict())
+    with pytest.warns(UserWarning, match="never learned") as caught:
+        classifier = VideoClassifier(small, ["a red Dog", "JumpingCircle", "moving dog"])
+    (warning,) = caught
+    assert str(warning.message) == (
+        "labels use words that the model never learned: dog, jumping; "
+        "it knows: a, circle, moving, red, see"
+    )
+    assert warning.filename == __file__  # the line to change is the caller's
+    with pytest.warns(UserWarning, match=r"never learned: of, video; it knows"):
+        VideoClassifier(small, ["red circle"], templates=["a video of {}"])
+    with pytest.warns(UserWarning, match=r"never learned: redcircle; it knows"):
+        VideoClassifier(small, ["RedCircle"], raw_labels=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classifier(videos[0])
+        VideoClassifier(small, ["a RED circle", "moving_red"])
+        VideoClassifier(model, ["a red dog"])  # knows the language
 
 
 @pytest.mark.parametrize(

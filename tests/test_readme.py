@@ -1,6 +1,7 @@
 """The README's Python runs as it stands, with a small model in place of the download."""
 
 import re
+import shlex
 from pathlib import Path
 
 import filled
@@ -9,7 +10,8 @@ from golden_files import clip_config
 from video_files import write_video
 
 import actionclip
-from actionclip.cli import zeroshot
+from actionclip.__main__ import main as package_main
+from actionclip.cli import check, eval, synthetic, train, zeroshot
 from actionclip.cli.command import ExitCode
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
 from actionclip.published import MODELS
@@ -45,11 +47,29 @@ def test_every_name_and_size_in_the_model_table() -> None:
 
 
 def test_exit_codes_and_options_are_the_real_ones() -> None:
-    for code in (ExitCode.DONE, ExitCode.BUG, ExitCode.WRONG_INPUT, ExitCode.SOME_FAILED):
-        assert f"| {int(code)} | " in README
-    options = set(zeroshot.build_parser()._option_string_actions)
-    command = README[README.index("## From the shell") : README.index("## Models")]
-    assert set(re.findall(r"(--[a-z][a-z-]+)", command)) <= options
+    for code in ExitCode:
+        if code not in (ExitCode.STALLED, ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+            assert f"| {int(code)} | " in README
+    parsers = [module.build_parser() for module in (zeroshot, train, eval, check, synthetic)]
+    options = {option for parser in parsers for option in parser._option_string_actions}
+    command = README[README.index("## Try it") : README.index("## Models")]
+    assert set(re.findall(r"(--[a-z][a-z-]+)", command)) <= {*options, "--nproc-per-node"}
+
+
+def test_the_first_command(tmp_path: Path, monkeypatch, capsys) -> None:
+    """It needs no network and prints what the README shows, the right sentence first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("used the network"))
+    block, shown = re.findall(r"```\n(.*?)```", README[README.index("## Try it") :], re.DOTALL)[:2]
+    for line in block.replace("\\\n", "").split("&&"):
+        program, *arguments = shlex.split(line)
+        if program == "python":
+            assert arguments[:2] == ["-m", "actionclip"]
+        else:
+            arguments = ["-m", "actionclip", program.removeprefix("actionclip-"), *arguments]
+        assert package_main(arguments[2:]) == 0
+    assert capsys.readouterr().out == shown
+    assert "a red circle moving left" in shown.splitlines()[1]
 
 
 @pytest.mark.parametrize("name", ["actionclip/video.py", "actionclip/cli", "benchmarks"])

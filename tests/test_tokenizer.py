@@ -12,7 +12,16 @@ import torch
 
 from actionclip import tokenizer
 from actionclip.errors import InputError
-from actionclip.tokenizer import EOT_ID, SOT_ID, VOCAB_SIZE, decode, encode, tokenize
+from actionclip.tokenizer import (
+    EOT_ID,
+    SOT_ID,
+    VOCAB_SIZE,
+    decode,
+    encode,
+    token_ids,
+    tokenize,
+    words,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text("utf-8"))
 
@@ -182,3 +191,20 @@ def test_decode_takes_a_tensor_and_broken_utf8():
     assert decode(tokenize("Tai Chi")[0, 1:3]) == "tai chi "
     assert decode([127]) == "\N{REPLACEMENT CHARACTER}"
     assert decode([SOT_ID, 0]) == "<|startoftext|>!"
+
+
+def test_words_are_cleaned_and_in_lower_case():
+    assert words("A big  Red\tcircle") == ["a", "big", "red", "circle"]
+    assert words("tom &amp;amp; jerry_12") == words("Tom Jerry 12") == ["tom", "jerry", "1", "2"]
+    assert words("Caf\u00e9 \u52d5\u753b") == ["caf\u00e9", "\u52d5\u753b"]
+    assert words(" ") == []
+
+
+def test_token_ids_are_those_of_every_text_of_these_words():
+    vocabulary = ["abseiling", "a", "circle", "7", "a"]
+    ids = token_ids(vocabulary)
+    assert ids == sorted(set(ids))
+    text = "Circle a 7 7 abseiling A"
+    assert set(words(text)) == set(vocabulary)
+    assert set(tokenize(text)[0].tolist()) - {0} == set(ids)
+    assert token_ids([]) == [SOT_ID, EOT_ID]

@@ -18,7 +18,8 @@ from actionclip import weights
 from actionclip.conversion import POSITIONS
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig
 from actionclip.models.clip import CLIP, cast_encoders
-from actionclip.published import MODELS
+from actionclip.published import MODELS, PACKAGED
+from actionclip.tokenizer import token_ids, tokenize
 
 State = dict[str, Tensor]
 
@@ -286,6 +287,182 @@ def test_our_own_files_come_back_whole(tmp_path: Path, name: str, temporal: str)
     assert_same(again, encode(model))
 
 
+def own_model(temporal: str = "transf", **config: object) -> ActionCLIP:
+    model = ActionCLIP(ActionCLIPConfig(clip_config("tiny"), temporal, **config)).eval()
+    filled.fill_(model.clip)
+    filled.fill_(model.temporal)
+    return model
+
+
+@pytest.mark.parametrize("name", ["half.safetensors", "half.pt"])
+def test_saving_in_half_precision(tmp_path: Path, name: str) -> None:
+    model = own_model()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    weights.save(model, tmp_path / name, dtype=torch.float16)
+    weights.save(model, tmp_path / f"whole-{name}")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    half, whole = ((tmp_path / f).stat().st_size for f in (name, f"whole-{name}"))
+    assert half == pytest.approx(whole / 2, rel=0.02)
+    again = actionclip.load(tmp_path / name)
+    for key, value in again.state_dict().items():
+        assert value.dtype == torch.float32
+        assert torch.equal(value, before[key].half().float()), key
+
+
+def test_numbers_that_are_no_fractions_keep_their_type(tmp_path: Path) -> None:
+    model = ActionCLIP(ActionCLIPConfig(clip_config("tiny-rn")))
+    filled.fill_(model.clip)
+    weights.save(model, tmp_path / "half.pt", dtype=torch.float16)
+    state = torch.load(tmp_path / "half.pt")["state_dict"]
+    types = {value.dtype for key, value in state.items() if "num_batches_tracked" in key}
+    assert types == {torch.int64}
+    assert state["clip.visual.bn1.running_mean"].dtype == torch.float16
+
+
+VOCABULARY = ("a", "red", "circle", "growing", "7")
+TABLE = "clip.token_embedding.weight"
+
+
+@pytest.mark.parametrize("name", ["few.safetensors", "few.pt"])
+def test_files_of_few_words_hold_only_their_rows(tmp_path: Path, name: str) -> None:
+    model = own_model(templates=("{}", "see {}"), vocabulary=VOCABULARY)
+    actionclip.save(model, tmp_path / name)
+    # The whole table has 49408 x 64 numbers, 12.6 MB; all else is 2.5 MB.
+    others = sum(4 * v.numel() for k, v in model.state_dict().items() if k != TABLE)
+    assert (tmp_path / name).stat().st_size < others + 200_000
+    again = actionclip.load(tmp_path / name)
+    assert again.config == model.config
+    rows = token_ids(VOCABULARY)
+    assert 7 <= len(rows) < 12
+    table, original = again.state_dict()[TABLE], model.state_dict()[TABLE]
+    assert table.shape == original.shape
+    assert torch.equal(table[rows], original[rows])
+    table = table.clone()
+    table[rows] = 0
+    assert not table.any()
+    for key, value in model.state_dict().items():
+        assert key == TABLE or torch.equal(again.state_dict()[key], value)
+    with torch.inference_mode():
+        tokens = tokenize(["a red circle growing", "7 circle"])
+        assert torch.equal(again.encode_text(tokens), model.encode_text(tokens))
+    # Once more: a table that was restored is cut in the same way.
+    actionclip.save(again, tmp_path / f"again-{name}")
+    assert weights.digest(actionclip.load(tmp_path / f"again-{name}")) == weights.digest(again)
+
+
+def test_files_of_few_words_in_half_precision(tmp_path: Path) -> None:
+    model = own_model("meanp", vocabulary=VOCABULARY)
+    weights.save(model, tmp_path / "few.safetensors", dtype=torch.float16)
+    table = actionclip.load(tmp_path / "few.safetensors").state_dict()[TABLE]
+    rows = token_ids(VOCABULARY)
+    assert table.dtype == torch.float32
+    assert torch.equal(table[rows], model.state_dict()[TABLE][rows].half().float())
+
+
+@pytest.mark.parametrize("count", [0, 3, 40])
+def test_another_number_of_rows_than_words(tmp_path: Path, count: int) -> None:
+    actionclip.save(own_model("meanp", vocabulary=VOCABULARY), tmp_path / "few.pt")
+    content = torch.load(tmp_path / "few.pt")
+    content["state_dict"][TABLE] = torch.zeros(count, 64)
+    path = save(tmp_path, content)
+    with pytest.raises(actionclip.WeightsError, match=rf"model\.pt: .*{count} rows.*vocabulary"):
+        actionclip.load(path)
+    del content["state_dict"][TABLE]
+    with pytest.raises(actionclip.WeightsError, match=rf"missing: {TABLE}"):
+        actionclip.load(save(tmp_path, content))
+
+
+def test_a_whole_table_is_taken_as_it_is(tmp_path: Path) -> None:
+    model = own_model("meanp", vocabulary=VOCABULARY)
+    actionclip.save(model, tmp_path / "few.pt")
+    content = torch.load(tmp_path / "few.pt")
+    content["state_dict"][TABLE] = model.state_dict()[TABLE]
+    again = actionclip.load(save(tmp_path, content))
+    assert weights.digest(again) == weights.digest(model)
+
+
+def test_files_from_before_templates_and_vocabularies(tmp_path: Path) -> None:
+    model = own_model(num_frames=8)
+    actionclip.save(model, tmp_path / "new.pt")
+    content = torch.load(tmp_path / "new.pt")
+    config = json.loads(content["actionclip"])
+    assert config.pop("templates")
+    assert config.pop("vocabulary") is None
+    again = actionclip.load(save(tmp_path, content | {"actionclip": json.dumps(config)}))
+    assert again.config == model.config
+    assert weights.digest(again) == weights.digest(model)
+
+
+def test_the_digest_is_that_of_every_weight(tmp_path: Path) -> None:
+    model = ActionCLIP(ActionCLIPConfig(clip_config("tiny-rn"), "transf"))
+    filled.fill_(model.clip)
+    filled.fill_(model.temporal)
+    digest = weights.digest(model)
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    copy = ActionCLIP(model.config)
+    copy.load_state_dict(state)
+    actionclip.save(model, tmp_path / "model.safetensors")
+    assert weights.digest(copy) == digest
+    assert weights.digest(actionclip.load(tmp_path / "model.safetensors")) == digest
+    for key in (
+        "clip.logit_scale",
+        "clip.visual.bn1.num_batches_tracked",
+        "clip.visual.bn1.running_var",
+        "temporal.transformer.resblocks.5.mlp.c_proj.bias",
+        "clip.token_embedding.weight",
+    ):
+        value = copy.state_dict()[key].view(-1)
+        value[-1] += 1
+        assert weights.digest(copy) != digest, key
+        value[-1] = state[key].view(-1)[-1]
+        assert weights.digest(copy) == digest
+    assert weights.digest(copy.half()) != digest
+
+
+@pytest.mark.parametrize(
+    ("start", "wanted"),
+    [
+        ("meanp", "transf"),
+        ("transf", "transf"),
+        ("transf_cls", "meanp"),
+        ("joint", "joint"),
+        ("joint", "lstm"),
+        ("shift", "joint"),
+    ],
+)
+def test_a_new_head_on_a_trained_model(tmp_path: Path, start: str, wanted: str) -> None:
+    model = own_model(start, num_frames=4, templates=("see {}",))
+    actionclip.save(model, tmp_path / "model.safetensors")
+    fresh = actionclip.load(
+        tmp_path / "model.safetensors", temporal=wanted, num_frames=6, new_head=True
+    )
+    expected = replace(model.config, temporal=wanted, num_frames=6)
+    assert fresh.config == expected
+    assert encode(fresh, 6)[0].shape == (2, 64)
+    old, new = model.state_dict(), fresh.state_dict()
+    added = {k for k in new if k.startswith("temporal.") or k.endswith("time_embedding")}
+    assert set(fresh.untrained) == added
+    assert bool(added) == (wanted != "meanp")
+    for key in new.keys() - added:
+        assert torch.equal(new[key], old[key]), key
+    for key in added & old.keys():
+        if old[key].ndim > 1:
+            assert not torch.equal(new[key][:1], old[key][:1]), key
+
+
+def test_a_new_head_keeps_frames_and_prompt_of_the_file_unless_told(tmp_path: Path) -> None:
+    content = {"model_state_dict": tiny_state(), "fusion_model_state_dict": head_state("transf")}
+    path = save(tmp_path, content)
+    fresh = actionclip.load(path, temporal="transf", new_head=True)
+    assert set(fresh.untrained) == {k for k in fresh.state_dict() if k.startswith("temporal.")}
+    assert f"temporal.{POSITIONS}" in fresh.untrained
+    actionclip.save(own_model("transf_cls", num_frames=5), tmp_path / "own.pt")
+    again = actionclip.load(tmp_path / "own.pt", new_head=True)
+    assert (again.config.temporal, again.num_frames) == ("transf_cls", 5)
+    assert set(again.untrained) == {k for k in again.state_dict() if k.startswith("temporal.")}
+
+
 def test_saving_needs_a_known_ending(tmp_path: Path) -> None:
     with pytest.raises(actionclip.InputError, match=r"end the name in \.safetensors or \.pt"):
         actionclip.save(ActionCLIP(ActionCLIPConfig(clip_config("tiny"))), tmp_path / "model.bin")
@@ -423,14 +600,15 @@ def test_published_initialisation() -> None:
     model = actionclip.load("ViT-B/32", pretrained=False, temporal="conv1d")
     assert set(model.untrained) == set(model.state_dict())
     assert float(model.clip.token_embedding.weight.detach().std()) == pytest.approx(0.02, rel=0.01)
-    with pytest.raises(actionclip.InputError, match="needs a published name"):
+    with pytest.raises(actionclip.InputError, match=r"needs a known name, .*'no-such-model'"):
         actionclip.load("no-such-model", pretrained=False)
 
 
 def test_available_models() -> None:
     names = actionclip.available_models()
     assert names[:5] == ["ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px", "RN50"]
-    assert len(names) == 9
+    assert set(names) == {*MODELS, "tiny"}
+    assert len(names) == 10
 
 
 def test_the_table_of_published_files() -> None:
@@ -471,3 +649,40 @@ def test_a_name_loads_the_cached_file_without_network(
     path.write_bytes(data)
     with pytest.raises(actionclip.DownloadError, match=rf"{digest}.*put it there"):
         actionclip.load("ViT-B/32", download_root=tmp_path)
+
+
+def test_the_packaged_model_without_its_weights() -> None:
+    model = actionclip.load("tiny", pretrained=False)
+    assert model.config == PACKAGED["tiny"].config
+    assert set(model.untrained) == set(model.state_dict())
+    other = actionclip.load("tiny", pretrained=False, temporal="meanp", num_frames=3)
+    assert (other.config.temporal, other.num_frames) == ("meanp", 3)
+    assert other.config.templates == ("{}",)
+
+
+def test_a_packaged_file_is_checked_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import hashlib
+
+    path = tmp_path / "packaged.safetensors"
+    model = own_model("meanp", vocabulary=VOCABULARY)
+    actionclip.save(model, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    # An absolute path stands for itself wherever the package is.
+    monkeypatch.setitem(PACKAGED, "tiny", replace(PACKAGED["tiny"], file=str(path), sha256=digest))
+    assert actionclip.load("tiny").config == model.config
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(
+        actionclip.WeightsError,
+        match=r"packaged\.safetensors is not the file of this version; install actionclip again",
+    ):
+        actionclip.load("tiny")
+    path.unlink()
+    with pytest.raises(
+        actionclip.WeightsError,
+        match=r"packaged\.safetensors: No such file or directory; install actionclip again",
+    ):
+        actionclip.load("tiny")

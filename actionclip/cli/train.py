@@ -296,12 +296,11 @@ def _train(
             board.close()
     if is_first:
         draw(folder)
-    if stopped_by:
-        tell(
-            f"{stopped_by[0].name}: saved step {trainer.progress.step}; go on with --resume latest"
-        )
+    # A signal to one process has stopped all of them.
+    if signals := [each for caught in distributed.gather_objects(stopped_by) for each in caught]:
+        tell(f"{signals[0].name}: saved step {trainer.progress.step}; go on with --resume latest")
         by_signal = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
-        return by_signal[stopped_by[0]]
+        return by_signal[signals[0]]
     if is_first:
         tell(f"weights sha256 {digest(model)}")
         tell(f"{folder.best}: the model of the {'best' if val else 'last'} epoch")
@@ -497,7 +496,7 @@ def open_tensorboard(folder: str, step: int) -> Any:
     except ImportError:
         return None
     # What a killed run logged after its latest state is not shown twice.
-    return SummaryWriter(folder, purge_step=step or None)
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 def write_tensorboard(board: Any, record: Record) -> None:
