@@ -42,7 +42,7 @@ class Fault:
         message: one sentence for people.
         replaced: whether another video stands in its place.
         epoch: in which it was drawn.
-        index: its position in the list.
+        index: its position among the labelled videos of the list.
     """
 
     path: str

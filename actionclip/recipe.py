@@ -43,7 +43,7 @@ class Recipe:
         weight_decay: of AdamW, on all parameters.
         betas: of AdamW.
         warmup_epochs: over which the rates grow from 0, linearly; may be a fraction.
-        schedule: what follows: "cosine" falls to 0 at the last step, "constant" stays.
+        schedule: what follows: "cosine" falls to 0 at the end, "constant" stays.
         rate_every: steps between changes of the rate; ActionCLIP's code has 10.
         target: see `losses.contrastive_kl`; ActionCLIP's code has "official".
         clip_gradient: longest gradient, its norm over all parameters; None does not clip.

@@ -80,8 +80,8 @@ def encode(text: str) -> list[int]:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, cleaned and in lower case; numbers are words of one digit."""
-    return [piece for piece in _PIECE.findall(_clean(text)) if piece[0].isalnum()]
+    """Return what the tokens of a text stand for: words in lower case, digits, punctuation."""
+    return _PIECE.findall(_clean(text))
 
 
 def token_ids(vocabulary: Iterable[str]) -> list[int]:

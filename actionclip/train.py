@@ -483,7 +483,9 @@ class Trainer:
     def _note_words(self) -> None:
         """Write the recipe's templates and, if the model knows few words, those of the labels."""
         config = replace(self.model.config, templates=self.recipe.templates)
-        if config.vocabulary is not None or "clip.token_embedding.weight" in self.model.untrained:
+        learns_words = self.model.clip.token_embedding.weight.requires_grad
+        knows_few = config.vocabulary is not None
+        if learns_words and (knows_few or "clip.token_embedding.weight" in self.model.untrained):
             names = self.train.class_names
             names = names if self.recipe.raw_labels else tuple(map(readable, names))
             prompts = fill_templates(config.templates, names)

@@ -18,8 +18,9 @@ from actionclip import weights
 from actionclip.conversion import POSITIONS
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig
 from actionclip.models.clip import CLIP, cast_encoders
+from actionclip.prompts import TEMPLATES, fill_templates
 from actionclip.published import MODELS, PACKAGED
-from actionclip.tokenizer import token_ids, tokenize
+from actionclip.tokenizer import token_ids, tokenize, words
 
 State = dict[str, Tensor]
 
@@ -348,6 +349,17 @@ def test_files_of_few_words_hold_only_their_rows(tmp_path: Path, name: str) -> N
     # Once more: a table that was restored is cut in the same way.
     actionclip.save(again, tmp_path / f"again-{name}")
     assert weights.digest(actionclip.load(tmp_path / f"again-{name}")) == weights.digest(again)
+
+
+def test_punctuation_of_the_templates_is_kept(tmp_path: Path) -> None:
+    prompts = fill_templates(TEMPLATES["actionclip"], ["riding a bull-dog's back"])
+    vocabulary = tuple({word for prompt in prompts for word in words(prompt)})
+    model = own_model("meanp", vocabulary=vocabulary)
+    actionclip.save(model, tmp_path / "few.safetensors")
+    tokens = tokenize(prompts)
+    with torch.inference_mode():
+        again = actionclip.load(tmp_path / "few.safetensors").encode_text(tokens)
+        assert torch.equal(again, model.encode_text(tokens))
 
 
 def test_files_of_few_words_in_half_precision(tmp_path: Path) -> None:

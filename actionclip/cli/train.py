@@ -243,7 +243,7 @@ def _train(
 ) -> ExitCode:
     videos, val = read_data(args)
     is_first = distributed.rank() == 0
-    torch.manual_seed(args.seed)  # for weights that no file holds
+    torch.manual_seed(args.seed % 2**63)  # for weights that no file holds
     model = load(
         args.model,
         temporal=args.temporal,

@@ -45,8 +45,8 @@ class ActionCLIPConfig:
         pixel_mean: RGB mean that normalises pixels in [0, 1].
         pixel_std: RGB standard deviation that does.
         templates: prompt templates that the model was trained with.
-        vocabulary: the only words that the text encoder was trained on, see
-            `tokenizer.words`; None for encoders that know the language.
+        vocabulary: the only words, and punctuation, that the text encoder was trained on,
+            see `tokenizer.words`; None for encoders that know the language.
     """
 
     clip: CLIPConfig
@@ -224,7 +224,9 @@ def build_head(config: ActionCLIPConfig) -> nn.Module:
             return TemporalLSTM(clip.embed_dim)
         case "transf":
             # The official head counts its attention heads from the text tower's width.
-            return TemporalTransformer(clip.embed_dim, heads=clip.text_width // 64)
+            # Its table has 77 positions whatever the number of frames, unless they need more.
+            max_frames = max(77, config.num_frames)
+            return TemporalTransformer(clip.embed_dim, clip.text_width // 64, max_frames)
         case "transf_cls":
             return TemporalTransformerCls(clip.embed_dim, config.num_frames)
     raise ValueError(f"temporal is {config.temporal!r}; choose from {', '.join(TEMPORAL)}")

@@ -1,0 +1,308 @@
+"""The recipe: rates of every step, groups of parameters, what is locked."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import filled
+import pytest
+import torch
+from golden_files import clip_config, load_golden
+from torch import nn
+
+from actionclip.errors import InputError
+from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig
+from actionclip.recipe import (
+    ParameterGroup,
+    Recipe,
+    build_optimizer,
+    prepare,
+    rate_factor,
+    set_train_mode,
+)
+
+# Rows of the golden schedules that a loop can reach: of the second case, whose epochs have 7
+# iterations, 12 of 28 rows ask for the 8th to the 10th.
+ROWS = (77, 16, 35)
+
+
+def build(temporal: str = "transf", name: str = "tiny", layers: int = 2) -> ActionCLIP:
+    config = clip_config(name)
+    if name == "tiny":
+        config = replace(config, vision_layers=layers, text_layers=layers)
+    return ActionCLIP(ActionCLIPConfig(config, temporal, num_frames=4))
+
+
+def by_name(groups: list[ParameterGroup]) -> dict[str, ParameterGroup]:
+    return {group.name: group for group in groups}
+
+
+def trained(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def below(model: nn.Module, *prefixes: str) -> set[str]:
+    return {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_rates_of_the_official_schedule(number: int) -> None:
+    case = load_golden("lr_schedule.json")["cases"][number]
+    solver, steps_per_epoch = case["solver"], case["iters_per_epoch"]
+    recipe = Recipe(
+        epochs=solver["epochs"],
+        learning_rate=solver["lr"],
+        visual_ratio=solver["ratio"],
+        head_ratio=solver["f_ratio"],
+        warmup_epochs=solver["lr_warmup_step"],
+        rate_every=10,
+    )
+    optimizer = build_optimizer(recipe, prepare(build(), recipe))
+    peaks = {group["name"]: group["peak_lr"] for group in optimizer.param_groups}
+    reachable = [row for row in case["rows"] if row["iter"] < steps_per_epoch]
+    assert len(reachable) == ROWS[number]
+    for row in reachable:
+        step = row["epoch"] * steps_per_epoch + row["iter"]
+        factor = rate_factor(recipe, step, steps_per_epoch)
+        for name, peak in peaks.items():
+            expected = row[f"lr_{name}"]
+            assert peak * factor == pytest.approx(expected, rel=1e-9, abs=1e-18), row
+
+
+def test_the_rate_of_every_step_by_default() -> None:
+    recipe = Recipe(epochs=6, warmup_epochs=2)
+    rates = [rate_factor(recipe, step, 10) for step in range(60)]
+    assert rates[:21] == pytest.approx([step / 20 for step in range(21)])
+    assert rates[40] == pytest.approx(0.5)  # halfway between the warm-up and the end
+    assert all(before > after for before, after in pairwise(rates[20:]))
+    assert 0 < rates[-1] < 0.002
+    assert rate_factor(recipe, 60, 10) == pytest.approx(0)
+
+
+def test_rates_that_change_every_few_steps() -> None:
+    every, rarely = Recipe(epochs=3, warmup_epochs=1), Recipe(epochs=3, warmup_epochs=1)
+    rarely = replace(rarely, rate_every=4)
+    # At iteration 0 of an epoch, and at 3, 7, 11 with what holds there.
+    changes = [0, 0, 0, 3, 3, 3, 3, 7, 7, 7]
+    for step in range(30):
+        last_change = step // 10 * 10 + changes[step % 10]
+        assert rate_factor(rarely, step, 10) == rate_factor(every, last_change, 10)
+
+
+def test_constant_rates_and_warm_ups_of_any_length() -> None:
+    constant = Recipe(epochs=4, warmup_epochs=1.5, schedule="constant")
+    rates = [rate_factor(constant, step, 4) for step in range(16)]
+    assert rates == pytest.approx([step / 6 for step in range(6)] + [1] * 10)
+    without = Recipe(epochs=4, warmup_epochs=0)
+    assert rate_factor(without, 0, 4) == 1
+    assert rate_factor(without, 8, 4) == pytest.approx(0.5)
+    assert {rate_factor(replace(without, schedule="constant"), s, 4) for s in range(16)} == {1}
+    fraction = Recipe(epochs=4, warmup_epochs=0.5)
+    assert [rate_factor(fraction, step, 4) for step in range(3)] == [0, 0.5, 1]
+    longer = Recipe(epochs=2, warmup_epochs=5)
+    assert rate_factor(longer, 7, 4) == pytest.approx(7 / 20)
+
+
+@pytest.mark.parametrize("temporal", TEMPORAL)
+def test_every_parameter_is_in_one_group(temporal: str) -> None:
+    model = build(temporal)
+    recipe = Recipe(learning_rate=1e-3, visual_ratio=0.5, head_ratio=4)
+    groups = prepare(model, recipe)
+    assert [(g.name, g.learning_rate) for g in groups] == [
+        ("text", 1e-3),
+        ("visual", 5e-4),
+        ("head", 4e-3),
+    ]
+    everything = [id(p) for group in groups for p in group.trained]
+    assert sorted(everything) == sorted(id(p) for p in model.parameters())
+    counts = {group.name: (group.num_trained, group.num_locked) for group in groups}
+    numbers = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in (("visual", model.clip.visual), ("head", model.temporal))
+    }
+    numbers["text"] = sum(p.numel() for p in model.parameters()) - sum(numbers.values())
+    assert counts == {name: (number, 0) for name, number in numbers.items()}
+    assert id(model.clip.logit_scale) in {id(p) for p in by_name(groups)["text"].trained}
+
+
+def test_locked_encoders() -> None:
+    model = build()
+    numbers = {g.name: g.num_trained for g in prepare(model, Recipe())}
+    groups = by_name(prepare(model, Recipe(lock_image=0, lock_text=0)))
+    assert trained(model) == {"clip.logit_scale"} | below(model, "temporal.")
+    assert groups["visual"].trained == ()
+    assert groups["visual"].num_locked == numbers["visual"]
+    assert [p is model.clip.logit_scale for p in groups["text"].trained] == [True]
+    assert (groups["text"].num_trained, groups["text"].num_locked) == (1, numbers["text"] - 1)
+    assert groups["head"].num_locked == 0
+    # A later recipe unlocks again.
+    prepare(model, Recipe())
+    assert trained(model) == below(model, "")
+
+
+def test_the_last_blocks_can_stay_open() -> None:
+    model = build(layers=3)
+    prepare(model, Recipe(lock_image=1, lock_text=2))
+    assert trained(model) == {"clip.logit_scale"} | below(
+        model,
+        "temporal.",
+        "clip.visual.transformer.resblocks.2.",
+        "clip.visual.ln_post.",
+        "clip.visual.proj",
+        "clip.transformer.resblocks.1.",
+        "clip.transformer.resblocks.2.",
+        "clip.ln_final.",
+        "clip.text_projection",
+    )
+    prepare(model, Recipe(lock_text=1))
+    assert trained(model) == {"clip.logit_scale"} | below(
+        model,
+        "temporal.",
+        "clip.visual.",
+        "clip.transformer.resblocks.2.",
+        "clip.ln_final.",
+        "clip.text_projection",
+    )
+
+
+def test_stages_of_a_resnet_can_stay_open() -> None:
+    model = build(name="tiny-rn")
+    prepare(model, Recipe(lock_image=0))
+    assert not trained(model) & below(model, "clip.visual.")
+    prepare(model, Recipe(lock_image=2))
+    assert trained(model) & below(model, "clip.visual.") == below(
+        model, "clip.visual.layer3.", "clip.visual.layer4.", "clip.visual.attnpool."
+    )
+
+
+def test_a_time_embedding_is_never_locked() -> None:
+    model = build("joint")
+    groups = by_name(prepare(model, Recipe(lock_image=0)))
+    assert trained(model) & below(model, "clip.visual.") == {"clip.visual.time_embedding"}
+    assert [p is model.clip.visual.time_embedding for p in groups["visual"].trained] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("tiny", {"lock_image": 3}, "lock_image is 3, and the encoder has 2 blocks"),
+        ("tiny", {"lock_text": 4}, "lock_text is 4, and the encoder has 2 blocks"),
+        ("tiny-rn", {"lock_image": 5}, "lock_image is 5, and the encoder has 4 blocks"),
+    ],
+)
+def test_more_blocks_than_there_are(name: str, options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prepare(build(name=name), Recipe(**options))
+
+
+def test_drop_path_grows_with_depth() -> None:
+    model = build(layers=3)
+    prepare(model, Recipe(drop_path=0.2))
+    for encoder in (model.clip.visual, model.clip):
+        rates = [block.drop_path for block in encoder.transformer.resblocks]
+        assert rates == pytest.approx([0, 0.1, 0.2])
+    assert {block.drop_path for block in model.temporal.transformer.resblocks} == {0}
+    prepare(model, Recipe())
+    assert {block.drop_path for block in model.clip.visual.transformer.resblocks} == {0}
+    resnet = build(name="tiny-rn")
+    prepare(resnet, Recipe(drop_path=0.2))  # only its text encoder has blocks
+    assert resnet.clip.transformer.resblocks[-1].drop_path == pytest.approx(0.2)
+
+
+def test_spread_of_new_frame_positions() -> None:
+    torch.manual_seed(0)
+    model = build()
+    model.untrained = tuple(below(model, "temporal."))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    prepare(model, Recipe(frame_position_std=0.5))
+    key = "temporal.frame_position_embeddings.weight"
+    after = model.state_dict()
+    assert float(after[key].std()) == pytest.approx(0.5, rel=0.05)
+    assert float(after[key].mean()) == pytest.approx(0, abs=0.05)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [key]
+
+
+def test_frame_positions_of_other_heads_stay() -> None:
+    for temporal, untrained in (("transf", ()), ("lstm", ("temporal.x",))):
+        model = build(temporal)
+        model.untrained = untrained
+        with pytest.raises(InputError, match="frame_position_std is for a new transf head"):
+            prepare(model, Recipe(frame_position_std=0.5))
+
+
+def test_locked_modules_are_in_evaluation_mode() -> None:
+    model = build(name="tiny-rn").eval()
+    prepare(model, Recipe(lock_image=1))
+    set_train_mode(model)
+    visual = model.clip.visual
+    assert not any(m.training for stage in (visual.layer1, visual.bn1) for m in own(stage))
+    assert all(m.training for m in own(visual.layer4))
+    assert all(m.training for m in own(model.temporal))
+    assert model.training  # its own flag; nothing but modules below decide
+    statistics = {k: v.clone() for k, v in model.state_dict().items() if "running" in k}
+    model.encode_image(filled.frames("tiny-rn", (4, 1, 3, 64, 64)).flatten(0, 1))
+    changed = {k for k, v in statistics.items() if not torch.equal(v, model.state_dict()[k])}
+    assert changed == {k for k in statistics if "layer4" in k}
+
+
+def own(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold parameters."""
+    return [m for m in module.modules() if list(m.parameters())]
+
+
+def test_nothing_is_dropped_in_a_locked_encoder() -> None:
+    model = build(layers=3)
+    prepare(model, Recipe(drop_path=0.9, lock_image=1, lock_text=0))
+    set_train_mode(model)
+    modes = [block.training for block in model.clip.visual.transformer.resblocks]
+    assert modes == [False, False, True]
+    assert not any(block.training for block in model.clip.transformer.resblocks)
+
+
+def test_the_optimizer_has_the_groups_that_learn() -> None:
+    recipe = Recipe(learning_rate=1e-3, head_ratio=4, weight_decay=0.1, betas=(0.8, 0.9))
+    groups = prepare(build(), replace(recipe, lock_image=0))
+    optimizer = build_optimizer(recipe, groups)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [(g["name"], g["peak_lr"]) for g in optimizer.param_groups] == [
+        ("text", 1e-3),
+        ("head", 4e-3),
+    ]
+    for group, expected in zip(optimizer.param_groups, (groups[0], groups[2]), strict=True):
+        assert (group["weight_decay"], group["betas"]) == (0.1, (0.8, 0.9))
+        assert [id(p) for p in group["params"]] == [id(p) for p in expected.trained]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; use at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; use at least 1"),
+        ({"rate_every": -1}, "rate_every is -1; use at least 1"),
+        ({"micro_batch": 0}, "micro_batch is 0; use at least 1"),
+        ({"visual_ratio": -0.5}, r"visual_ratio is -0\.5; use 0 or more"),
+        ({"head_ratio": float("nan")}, "head_ratio is nan; use 0 or more"),
+        ({"weight_decay": -1}, "weight_decay is -1; use 0 or more"),
+        ({"warmup_epochs": float("inf")}, "warmup_epochs is inf; use 0 or more"),
+        ({"lock_image": -1}, "lock_image is -1; use 0 or more"),
+        ({"lock_text": -2}, "lock_text is -2; use 0 or more"),
+        ({"seed": -1}, "seed is -1; use 0 or more"),
+        ({"learning_rate": 0.0}, r"learning_rate is 0\.0; use a positive number"),
+        ({"clip_gradient": 0}, "clip_gradient is 0; use a positive number"),
+        ({"frame_position_std": -1}, "frame_position_std is -1; use a positive number"),
+        ({"drop_path": 1.0}, r"drop_path is 1\.0; use a probability below 1"),
+        ({"schedule": "linear"}, "schedule is 'linear'; choose from cosine, constant"),
+        ({"target": "paper"}, "target is 'paper'; choose from uniform, official"),
+        ({"precision": "int8"}, "precision is 'int8'; choose from fp32, bf16, fp16"),
+    ],
+)
+def test_wrong_values_are_named(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Recipe(**options)
+
+
+def test_the_default_is_the_papers() -> None:
+    recipe = Recipe()
+    assert (recipe.epochs, recipe.batch_size, recipe.warmup_epochs) == (50, 128, 5)
+    assert (recipe.learning_rate, recipe.visual_ratio, recipe.head_ratio) == (5e-6, 1, 10)
+    assert (recipe.weight_decay, recipe.betas, recipe.schedule) == (0.2, (0.9, 0.98), "cosine")
+    assert len(recipe.templates) == 16
