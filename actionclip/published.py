@@ -136,7 +136,7 @@ MODELS = {
 PACKAGED = {
     "tiny": PackagedModel(
         "tiny.safetensors",
-        "",
+        "67b5ebae60d98dcfbc0dedbd36faa580dbe12c943c0b5093f4445b67cb9aecc7",
         ActionCLIPConfig(
             CLIPConfig(
                 embed_dim=96,

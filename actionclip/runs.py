@@ -54,11 +54,14 @@ class RunFolder:
         return self.path / f"{name}.jsonl"
 
     def check_free(self) -> None:
-        """Refuse a folder that holds a run.
+        """Refuse a folder that holds a run, or settings of something else.
 
         Raises:
             InputError: if it does.
         """
+        config = self.path / "config.json"
+        if config.exists() and not self.log_file("metrics").exists():
+            raise InputError(f"{config} is not that of a run; name another folder")
         if self.last.exists():
             raise InputError(
                 f"{self.path} holds a run; go on with --resume latest, or name another folder"

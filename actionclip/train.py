@@ -190,7 +190,7 @@ class Trainer:
             self.towers.compile()
         self.replica: nn.Module = self.towers
         if world_size() > 1:
-            self.replica = DistributedDataParallel(self.towers, broadcast_buffers=False)
+            self.replica = DistributedDataParallel(self.towers)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -274,8 +274,9 @@ class Trainer:
         losses, norms, stops, faults, exhausted = told.T.tolist()
         if any(faults):
             self._count_bad(gather_objects(batch.faults), any(exhausted))
-        # Under fp16 the scaler skips a step whose gradient has overflowed, and adapts.
-        may_overflow = self.scaler.is_enabled()
+        # Under fp16 the scaler skips a step whose gradient has overflowed, and halves the scale;
+        # below 1 that was not the scale's fault.
+        may_overflow = self.scaler.is_enabled() and self.scaler.get_scale() >= 1
         if not all(map(math.isfinite, losses if may_overflow else losses + norms)):
             raise self._not_finite(batch, losses)
         self.scaler.step(self.optimizer)
@@ -364,7 +365,7 @@ class Trainer:
         self.progress.num_bad += len(bad)
         drawn = self.steps_per_epoch * self.recipe.batch_size
         if exhausted or self.progress.num_bad > self.running.max_bad * drawn:
-            first = bad[0]
+            first = (bad or faults)[0]
             raise TooManyBadError(
                 f"{self.progress.num_bad} of the {drawn} videos of epoch "
                 f"{step // self.steps_per_epoch + 1} cannot be used, more than --max-bad "
@@ -383,9 +384,8 @@ class Trainer:
         what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
         where = "; ".join(f"rank {i}: {_some(paths)}" for i, paths in guilty) or "all ranks"
         return TrainingError(
-            f"the {what} is not finite in step {self.progress.step + 1} ({where}); the weights in "
-            f"{self.folder.path} are those before it. Try a lower --lr, --clip-gradient 1 or "
-            "--precision bf16"
+            f"the {what} is not finite in step {self.progress.step + 1} ({where}); the step has "
+            "changed no weight. Try a lower --lr, --clip-gradient 1 or --precision bf16"
         )
 
     def _end_epoch(self) -> Generator[Record, None, bool]:

@@ -274,7 +274,7 @@ def _train(
         should_stop=lambda: bool(stopped_by),
         on_video=bar.count_video,
     )
-    if args.resume and folder.last.exists():
+    if args.resume and is_resumable(folder):
         trainer.resume()
         tell(f"going on at step {trainer.progress.step} of {trainer.num_steps}")
     else:
@@ -372,6 +372,14 @@ def build_recipe(
         augmentation=augmentation,
         seed=args.seed,
     )
+
+
+def is_resumable(folder: RunFolder) -> bool:
+    """Return whether the folder holds a state, which all processes must see alike."""
+    some, not_all = distributed.reduce_max([folder.last.exists(), not folder.last.exists()])
+    if some and not_all:
+        raise InputError(f"{folder.last} is there for some processes only; use a shared disk")
+    return bool(some)
 
 
 def describe_run(trainer: Trainer, running: Running, device: torch.device) -> dict[str, Any]:
@@ -514,6 +522,10 @@ def stop_signals() -> "Iterator[list[signal.Signals]]":
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number))
+        if distributed.rank() == 0:
+            text = f"{caught[0].name}: saving after this step; once more to stop at once"
+            # Not print, which may have been interrupted in the middle of a line.
+            os.write(sys.stderr.fileno(), f"\n{PROG}: {text}\n".encode())
         for each, handler in before.items():
             signal.signal(each, handler)
 
