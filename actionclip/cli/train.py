@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from types import FrameType
@@ -524,8 +524,9 @@ def stop_signals() -> "Iterator[list[signal.Signals]]":
         caught.append(signal.Signals(number))
         if distributed.rank() == 0:
             text = f"{caught[0].name}: saving after this step; once more to stop at once"
-            # Not print, which may have been interrupted in the middle of a line.
-            os.write(sys.stderr.fileno(), f"\n{PROG}: {text}\n".encode())
+            # Not print, which this may have interrupted in the middle of a line.
+            with suppress(OSError):
+                os.write(2, f"\n{PROG}: {text}\n".encode())
         for each, handler in before.items():
             signal.signal(each, handler)
 

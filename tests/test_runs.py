@@ -1,0 +1,169 @@
+"""The files of a run: nothing is lost, doubled or half written, whatever happens to the disk."""
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pytest
+import torch
+
+from actionclip import tensor_files
+from actionclip.errors import InputError, OutputError, TrainingError, WeightsError
+from actionclip.runs import RunFolder
+from actionclip.tensor_files import write_atomically
+
+STATE = {"step": 7, "weights": torch.arange(300_000.0)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    """A run with two lines in its metrics, one in its bad samples, and a saved state."""
+    folder = RunFolder(tmp_path / "new" / "run")
+    folder.check_free()
+    folder.start({"name": "Ärger", "broken": "\udcff"})
+    folder.log("metrics", {"step": 1})
+    folder.log("metrics", {"step": 2, "text": "first\u2028second"})
+    folder.log("bad_samples", {"path": "a\udcff.mp4"})
+    folder.save_state(STATE)
+    return folder
+
+
+def test_what_is_written_is_read(folder: RunFolder) -> None:
+    assert sorted(path.name for path in folder.path.iterdir()) == [
+        "bad_samples.jsonl",
+        "config.json",
+        "last.pt",
+        "metrics.jsonl",
+    ]
+    assert (folder.path / "config.json").read_text(encoding="utf-8") == (
+        '{\n  "name": "Ärger",\n  "broken": "?"\n}\n'
+    )
+    assert folder.records("metrics") == [{"step": 1}, {"step": 2, "text": "first\u2028second"}]
+    assert folder.records("bad_samples") == [{"path": "a?.mp4"}]
+    state = folder.load_state()
+    assert state["step"] == 7
+    assert torch.equal(state["weights"], STATE["weights"])
+    sizes = {name: folder.log_file(name).stat().st_size for name in ("metrics", "bad_samples")}
+    assert state["log_sizes"] == sizes
+
+
+def test_a_folder_holds_one_run(folder: RunFolder) -> None:
+    with pytest.raises(InputError, match=r"run holds a run; go on with --resume latest, or name"):
+        RunFolder(folder.path).check_free()
+    assert len(folder.records("metrics")) == 2
+
+
+def test_logs_are_cut_to_what_the_state_knows(folder: RunFolder) -> None:
+    kept = folder.log_file("metrics").read_bytes()
+    folder.log("metrics", {"step": 3})
+    folder.log("bad_samples", {"path": "b.mp4"})
+    with open(folder.log_file("metrics"), "a") as file:
+        file.write('{"step": 4, "lo')
+    for name in ("last.pt.4711.part", "best.safetensors.1.part", "config.json.1.part"):
+        (folder.path / name).write_text("half")
+    (folder.path / "film.mp4.part").write_text("not ours")
+    folder.rewind_logs(folder.load_state())
+    assert folder.log_file("metrics").read_bytes() == kept
+    assert len(folder.records("bad_samples")) == 1
+    assert [path.name for path in folder.path.glob("*.part")] == ["film.mp4.part"]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda path: os.truncate(path, 5)])
+def test_a_log_that_lost_lines_is_noticed(
+    folder: RunFolder, change: Callable[[Path], object]
+) -> None:
+    change(folder.log_file("metrics"))
+    with pytest.raises(TrainingError, match=r"metrics.jsonl is shorter than when .*last.pt was"):
+        folder.rewind_logs(folder.load_state())
+
+
+def test_a_run_that_saved_nothing_starts_again(folder: RunFolder) -> None:
+    folder.last.unlink()
+    (folder.path / "last.pt.4711.part").write_text("half")
+    folder.check_free()
+    folder.start({})
+    assert folder.records("metrics") == folder.records("bad_samples") == []
+    assert not list(folder.path.glob("*.part"))
+
+
+def test_a_state_that_cannot_be_read(folder: RunFolder) -> None:
+    os.truncate(folder.last, 1000)
+    with pytest.raises(WeightsError, match=r"last.pt"):
+        folder.load_state()
+
+
+class FullDisk:
+    """A file on a disk with little room left."""
+
+    def __init__(self, file: BinaryIO, room: int) -> None:
+        self.file = file
+        self.room = room
+
+    def write(self, data: Any) -> int:
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+# In the header, in the weights (torch.save then hides the error), and in what follows them.
+@pytest.mark.parametrize("room", [0, 1000, 1_200_700])
+def test_a_full_disk_keeps_the_older_state(
+    room: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folder.last.read_bytes()
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, FullDisk(file, room)))
+    with pytest.raises(OutputError, match=r"last.pt: cannot be written: No space left on device$"):
+        folder.save_state(STATE)
+    assert folder.last.read_bytes() == before
+    assert not list(folder.path.glob("*.part"))
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_a_disk_that_refuses_keeps_the_older_state(
+    name: str, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folder.last.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tensor_files.os, name, refuse)
+    with pytest.raises(OutputError, match=r"cannot be written: Input/output error$"):
+        folder.save_state(STATE)
+    monkeypatch.undo()
+    assert folder.last.read_bytes() == before
+    assert not list(folder.path.glob("*.part"))
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    def write(file: BinaryIO) -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        write_atomically(tmp_path / "file", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_that_cannot_be_written(folder: RunFolder) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no disk that is always full")
+    folder.log_file("metrics").unlink()
+    folder.log_file("metrics").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=r"metrics.jsonl: cannot be written: No space left"):
+        folder.log("metrics", {"step": 3})
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        folder = RunFolder(path)
+        folder.check_free()
+        with pytest.raises(OutputError, match=r"file.*: cannot be written: "):
+            folder.start({})

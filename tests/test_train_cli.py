@@ -1,0 +1,710 @@
+"""The command as its user meets it: what it prints, its files, exit codes, signals and kills."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_files import BROKEN, CLASSES, write_all
+
+import actionclip
+from actionclip import train as loop
+from actionclip.annotations import read_video_list
+from actionclip.cli import plots
+from actionclip.cli import train as command
+from actionclip.weights import digest
+
+OPTIONS = (
+    *("--model", "model.safetensors", "--device", "cpu", "--precision", "fp32"),
+    *("--epochs", "2", "--batch-size", "5", "--lr", "1e-3", "--warmup-epochs", "0.5"),
+    *("--workers", "0", "--log-every", "1", "--max-bad", "1"),
+)
+# Everything random, all kinds of records: what a killed run has to find back to.
+HARD = ("--val", "val", "--drop-path", "0.3", "--micro-batch", "2", "--epochs", "3")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+Run = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> Run:
+    """Call the command; returns its exit code and what it says, line by line."""
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: str, train: str = "train") -> tuple[int, list[str]]:
+        where = ("--output", str(tmp_path / "run"))
+        code = command.main(["--train", train, *OPTIONS, *where, *arguments])
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
+        lines = captured.err.splitlines()
+        assert all(line.startswith("actionclip-train: ") for line in lines)
+        return code, [line.removeprefix("actionclip-train: ") for line in lines]
+
+    return run
+
+
+def weights_line(lines: Sequence[str]) -> str:
+    (line,) = [line for line in lines if line.startswith("weights sha256 ")]
+    assert re.fullmatch(r"weights sha256 [0-9a-f]{64}", line)
+    return line
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of a run without its speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k != "clips_per_second"} for r in records]
+
+
+def test_a_run_from_start_to_end(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, lines = run(
+        *("--val", "val", "--model", "plain.safetensors", "--new-head"),
+        *("--temporal", "transf_cls", "--head-lr-ratio", "5", "--visual-lr-ratio", "0.5"),
+    )
+    assert code == 0
+    hashes = {part: read_video_list(part).digest for part in ("train", "val")}
+    text = "\n".join(lines)
+    for part, count in (("train", 12), ("val", 4)):
+        assert f"{part}: {part}: folder per class" in lines
+        assert f"{part}: {count} videos" in text
+        assert f"hash {hashes[part][:16]}" in text
+    rows = {line.split()[0]: line.split()[1:] for line in lines if "," in line and "  " in line}
+    model = actionclip.load("plain.safetensors", temporal="transf_cls", new_head=True)
+    counts = {"text": 0, "visual": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        part = {"clip.v": "visual", "tempor": "head"}.get(name[:6], "text")
+        counts[part] += parameter.numel()
+    rates = {"text": "0.001", "visual": "0.0005", "head": "0.005"}
+    for part, count in counts.items():
+        assert rows[part] == [f"{count:,}", "0", rates[part]]
+    assert "no video is mirrored, because labels name a direction; --flip yes does it" in lines
+
+    output = tmp_path / "run"
+    assert sorted(path.name for path in output.iterdir()) == [
+        "bad_samples.jsonl",
+        "best.safetensors",
+        "config.json",
+        "curves.png",
+        "last.pt",
+        "metrics.jsonl",
+    ]
+    assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
+    config = json.loads((output / "config.json").read_text())
+    assert (config["actionclip"], config["torch"]) == (actionclip.__version__, torch.__version__)
+    assert config["steps"] == 4
+    assert config["data"]["train"] == {
+        "source": "train",
+        "layout": read_video_list("train").layout,
+        "videos": 12,
+        "missing": 0,
+        "class_names": list(CLASSES),
+        "hash": hashes["train"],
+    }
+    assert config["data"]["val"]["hash"] == hashes["val"]
+    assert config["recipe"]["learning_rate"] == 1e-3
+    assert config["recipe"]["augmentation"]["flip"] == 0
+    assert config["recipe"]["templates"] == ["a video of {}", "{}", "watch {}"]
+    assert config["running"]["processes"] == 1
+    assert config["model"]["temporal"] == "transf_cls"
+
+    best = max((r for r in metrics(output) if r["kind"] == "eval"), key=lambda r: r["top1"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained = actionclip.load(output / "best.safetensors", device="cpu")
+        classifier = actionclip.VideoClassifier(trained, CLASSES)
+        right = sum(classifier(f"val/{name}/0.mp4").top(1)[0][0] == name for name in CLASSES)
+    assert right / 4 == best["top1"]
+    assert trained.untrained == ()
+    if best["step"] == 4:
+        assert weights_line(lines) == f"weights sha256 {digest(trained)}"
+    assert lines[-1] == f"{output / 'best.safetensors'}: the model of the best epoch"
+
+
+def test_the_seed_decides_everything(run: Run, tmp_path: Path) -> None:
+    new = ("--model", "plain.safetensors", "--new-head", "--temporal", "lstm", "--epochs", "1")
+    hashes = []
+    for i, seed in enumerate(["0", "0", "99999999999999999999"]):
+        torch.manual_seed(i)
+        code, lines = run(*new, "--seed", seed, "--output", str(tmp_path / str(i)))
+        assert code == 0
+        hashes.append(weights_line(lines))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_locks(run: Run, folder: Path, tmp_path: Path) -> None:
+    code, lines = run("--lock-image", "--lock-text", "1", "--epochs", "1")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in lines if "," in line and "  " in line}
+    assert rows["visual"][0] == "0"
+    assert rows["visual"][2] == "-"
+    assert 0 < int(rows["text"][0].replace(",", "")) < int(rows["text"][1].replace(",", ""))
+    before = actionclip.load("model.safetensors").state_dict()
+    after = actionclip.load(tmp_path / "run" / "best.safetensors").state_dict()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert not any(key.startswith("clip.visual") for key in changed)
+    assert not any(
+        key.startswith(("clip.token", "clip.transformer.resblocks.0")) for key in changed
+    )
+    assert "clip.transformer.resblocks.1.mlp.c_fc.weight" in changed
+    assert "clip.logit_scale" in changed
+
+
+def test_from_scratch_with_few_videos(run: Run, tmp_path: Path) -> None:
+    code, _ = run(
+        *("--from-scratch", "--model", "tiny", "--frames", "2", "--shots", "1", "--seed", "3"),
+        *("--batch-size", "4", "--epochs", "1", "--templates", "none", "--warmup-epochs", "0"),
+    )
+    assert code == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data"]["train"]["videos"] == 4
+    assert config["steps"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = actionclip.load(tmp_path / "run" / "best.safetensors", device="cpu")
+        actionclip.VideoClassifier(model, CLASSES)
+    assert model.config.templates == ("{}",)
+    assert model.config.vocabulary is not None
+    assert {"red", "circle", "moving", "right"} <= set(model.config.vocabulary)
+
+
+WRONG = {
+    ("--batch-size", "13"): "batch_size is 13 and there are 12 videos; use --batch-size 12 or less",
+    ("--model", "ViT-B/17"): "model 'ViT-B/17' is no known name and no file; did you mean ViT-B/1",
+    ("--lr", "-1"): "learning_rate is -1.0; use a positive number",
+    ("--lr", "nan"): "learning_rate is nan; use a positive number",
+    ("--epochs", "0"): "epochs is 0; use at least 1",
+    ("--seed", "-1"): "seed is -1; use 0 or more",
+    ("--workers", "-1"): "workers is -1; use at least 0",
+    ("--max-bad", "2"): "max_bad is 2.0; use a share, 0 to 1",
+    ("--lock-text", "3"): "lock_text is 3, and the encoder has 2 blocks",
+    ("--frame-position-std", "0.1"): "frame_position_std is for a new transf head; leave it out",
+    ("--temporal", "lstm"): "temporal='lstm' contradicts model.safetensors, which has 'transf_cls'",
+    ("--new-head", "--from-scratch"): "--from-scratch has nothing that --new-head could replace",
+    ("--resume", "first"): "argument --resume: invalid choice: 'first'",
+    ("--batch-size", "many"): "argument --batch-size: invalid int value: 'many'",
+    ("--train", "nowhere"): "nowhere",
+    ("--val", "other"): "other",
+    ("--shots", "0"): "shots is 0, it must be at least 1",
+    ("--randaugment", "2", "31"): "31",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_wrong_input_is_one_line(
+    arguments: tuple[str, ...], run: Run, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "other" / "a dog").mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "val" / CLASSES[0] / "0.mp4", folder / "other" / "a dog")
+    code, lines = run(*arguments)
+    assert code == 2
+    said = [line for line in lines if not line.startswith(("train: ", "val: ", "no video is"))]
+    assert len(said) == 1
+    assert WRONG[arguments] in said[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_a_run(run: Run, tmp_path: Path) -> None:
+    arguments = ("--epochs", "1", "--val", "val")
+    code, first = run("--resume", "latest", *arguments)  # there is nothing yet
+    assert code == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    code, lines = run(*arguments)
+    assert (code, lines[-1]) == (
+        2,
+        f"{tmp_path / 'run'} holds a run; go on with --resume latest, or name another folder",
+    )
+    code, lines = run("--resume", "latest", *arguments, "--lr", "2e-3", "--drop-path", "0.1")
+    assert code == 2
+    for text in ("recipe.drop_path was 0.0, is 0.1", "recipe.learning_rate was 0.001, is 0.002"):
+        assert text in lines[-1]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
+    code, lines = run("--resume", "latest", *arguments)
+    assert code == 0
+    assert "going on at step 2 of 2" in lines
+    assert weights_line(lines) == weights_line(first)
+    (tmp_path / "run" / "bad_samples.jsonl").unlink()
+    code, lines = run("--resume", "latest", *arguments)
+    assert code == 2
+    assert re.search(r"bad_samples.jsonl is shorter than when .* start again", lines[-1])
+
+
+def test_too_many_bad_videos(run: Run, tmp_path: Path) -> None:
+    code, lines = run("--max-bad", "0")
+    assert code == 4
+    assert re.match(r"1 of the 10 videos of epoch [12] cannot be used, more than", lines[-1])
+    assert str(BROKEN) in lines[-1]
+    (fault,) = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(fault)["path"] == str(BROKEN)
+
+
+def test_a_loss_that_is_no_number(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = loop.Towers.forward
+
+    def poisoned(self: Any, frames: Any, *rest: Any) -> Any:
+        video, text, scale = forward(self, frames, *rest)
+        return video * torch.tensor([1, float("nan"), 1, 1, 1])[:, None], text, scale
+
+    monkeypatch.setattr(loop.Towers, "forward", poisoned)
+    code, lines = run()
+    assert code == 2
+    assert re.match(
+        r"the loss is not finite in step 1 \(rank 0: train/[^,]*\d.mp4\); .*Try a lower --lr",
+        lines[-1],
+    )
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_full_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _ = run("--epochs", "1")
+    assert code == 0
+    shutil.rmtree(tmp_path / "run")
+
+    class FullDisk:
+        def __init__(self, file: Any) -> None:
+            self.file, self.room = file, 100_000
+
+        def write(self, data: Any) -> int:
+            self.room -= len(data)
+            if self.room < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda state, file: save(state, FullDisk(file)))
+    code, lines = run("--epochs", "1")
+    last = tmp_path / "run" / "last.pt"
+    assert (code, lines[-1]) == (5, f"{last}: cannot be written: No space left on device")
+    assert not last.exists()
+
+
+def test_no_matplotlib(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, lines = run("--epochs", "1")
+    assert code == 0
+    assert "no curves.png: this needs matplotlib: pip install 'actionclip[viz]'" in lines
+    assert not (tmp_path / "run" / "curves.png").exists()
+    assert plots.draw_curves is command.draw_curves
+
+
+class Board:
+    """Stands in for TensorBoard's writer."""
+
+    written: list[Any] = []  # noqa: RUF012
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.written.append(("open", purge_step))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.written.append((name, value, step))
+
+    def close(self) -> None:
+        self.written.append("close")
+
+
+def test_tensorboard(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Board  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    Board.written.clear()
+    signal_at(monkeypatch, signal.SIGTERM, step=3)
+    assert run("--val", "val")[0] == 143
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.chdir(tmp_path.parent)
+    first, last = Board.written[0], Board.written[-1]
+    # Each record is there once, although TensorBoard drops all from the step of `purge_step` on.
+    assert (first, last) == (("open", 1), "close")
+    losses = [r["loss"] for r in metrics(tmp_path / "run") if r["kind"] == "train"]
+    shown = [entry for entry in Board.written if entry[0] == "train/loss"]
+    assert shown == [("train/loss", loss, i + 1) for i, loss in enumerate(losses)]
+    names = {entry[0] for entry in Board.written[1:-1]}
+    assert {"train/lr/text", "train/lr/head", "train/logit_scale", "eval/top1"} <= names
+    assert not any("hash" in name or "step" in name for name in names)
+
+
+def test_tensorboard_keeps_what_a_resumed_run_had_shown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Board  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    Board.written.clear()
+    command.open_tensorboard(str(tmp_path), 3)
+    assert Board.written == [("open", 4)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_halved_precision(precision: str, run: Run, tmp_path: Path) -> None:
+    # fp16 skips steps until it has found a scale.
+    code, _ = run("--precision", precision, "--val", "val", "--micro-batch", "3", "--epochs", "3")
+    assert code == 0
+    before = actionclip.load("model.safetensors").state_dict()
+    after = torch.load(tmp_path / "run" / "last.pt")["model"]
+    assert {value.dtype for value in after.values()} == {torch.float32}
+    assert not torch.equal(before["clip.visual.proj"], after["clip.visual.proj"])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["recipe"]["precision"] == precision
+
+
+# Signals.
+
+
+def signal_at(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, *, step: int, times: int = 1
+) -> None:
+    """Send this process a signal when the record of a step is shown."""
+    show = command.Bar.show
+
+    def shown(bar: command.Bar, record: Any) -> None:
+        show(bar, record)
+        if record["kind"] == "train" and record["step"] == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(command.Bar, "show", shown)
+
+
+SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the last lines and the folder of a run are that nothing stops."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        said: list[str] = []
+        patch.setattr(command.command, "say", lambda prog, text: said.append(text))
+        assert command.main(["--train", "train", *OPTIONS, *HARD, "--output", str(output)]) == 0
+    return weights_line(said), output
+
+
+def assert_same_run(output: Path, lines: Sequence[str], expected: tuple[str, Path]) -> None:
+    assert weights_line(lines) == expected[0]
+    assert metrics(output) == metrics(expected[1])
+    for name in ("bad_samples.jsonl", "best.safetensors"):
+        assert (output / name).read_bytes() == (expected[1] / name).read_bytes()
+    assert not list(output.glob("*.part"))
+
+
+# Ctrl-C takes the same way, see below.
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves(
+    number: signal.Signals,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    undisturbed: tuple[str, Path],
+) -> None:
+    signal_at(monkeypatch, number, step=2)  # the next step is the last one before saving
+    code, lines = run(*HARD)
+    assert code == SIGNALS[number]
+    assert lines[-1] == f"{number.name}: saved step 2; go on with --resume latest"
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    # It came before the evaluation of the first epoch. Another one comes in the next.
+    counted = command.Bar.count_video
+    monkeypatch.setattr(
+        command.Bar, "count_video", lambda bar: (counted(bar), os.kill(os.getpid(), number))
+    )
+    code, lines = run(*HARD, "--resume", "latest")
+    assert code == SIGNALS[number]
+    assert lines[-1] == f"{number.name}: saved step 2; go on with --resume latest"
+    assert not any(line.startswith("epoch 1: top1") for line in lines)
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    code, lines = run(*HARD, "--resume", "latest")
+    assert code == 0
+    assert_same_run(tmp_path / "run", lines, undisturbed)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+)
+def test_a_second_signal_ends_at_once(
+    number: signal.Signals,
+    said: str,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    signal_at(monkeypatch, number, step=1, times=2)
+    code, lines = run(*HARD)
+    assert (code, lines[-1]) == (SIGNALS[number], said)
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+# Processes that are really killed.
+
+
+def start(
+    folder: Path, output: Path, *arguments: str, ranks: int = 1, module: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    launcher = ["-m", "actionclip", "train"]
+    if ranks > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launcher += module or ["-m", "actionclip", "train"]
+    elif module:
+        launcher = list(module)
+    return subprocess.Popen(
+        [
+            *(sys.executable, *launcher, "--train", "train", *OPTIONS, *HARD),
+            *("--output", str(output), *arguments),
+        ],
+        cwd=folder,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(actionclip.__file__).parents[1]),
+        },
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_lines(process: subprocess.Popen[str], output: Path, count: int) -> None:
+    """Wait until a run's metrics have so many lines."""
+    path = output / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def said_by(process: subprocess.Popen[str]) -> list[str]:
+    err = process.communicate(timeout=120)[1]
+    return [
+        line.removeprefix("actionclip-train: ")
+        for line in err.splitlines()
+        if line.startswith("actionclip-train: ")
+    ]
+
+
+def test_killed_then_interrupted_then_resumed(
+    run: Run, folder: Path, tmp_path: Path, undisturbed: tuple[str, Path]
+) -> None:
+    output = tmp_path / "run"
+    arguments = ("--workers", "2", "--save-every", "1", "--resume", "latest")
+    process = start(folder, output, *arguments)
+    wait_for_lines(process, output, 2)
+    process.send_signal(signal.SIGKILL)
+    said_by(process)
+    assert process.returncode == -signal.SIGKILL
+    killed_at = (output / "metrics.jsonl").read_bytes().count(b"\n")
+    assert 2 <= killed_at < 8  # of 9
+
+    # As a terminal does it, Ctrl-C reaches the workers too; what they had under way is not lost.
+    process = start(folder, output, *arguments)
+    wait_for_lines(process, output, killed_at + 1)  # not before it has started
+    os.killpg(process.pid, signal.SIGINT)
+    lines = said_by(process)
+    assert process.returncode == 130
+    assert re.fullmatch(r"SIGINT: saved step \d+; go on with --resume latest", lines[-1])
+    assert any(line.startswith("going on at step ") for line in lines)
+    assert len(metrics(output)) < 9
+
+    code, lines = run(*HARD, "--resume", "latest")
+    assert code == 0
+    assert_same_run(output, lines, undisturbed)
+
+
+# Kills the process at a chosen moment: half way through writing a state, for example.
+SAVING = """
+import os, signal, sys
+import torch
+from actionclip import runs, tensor_files
+from actionclip.cli import train
+
+moment, number = os.environ["KILL_AT"].split()
+counts = {}
+
+def reached(name):
+    counts[name] = counts.get(name, 0) + 1
+    return os.environ.get("RANK", "0") == "0" and (name, counts[name]) == (moment, int(number))
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+class HalfWritten:
+    def __init__(self, file):
+        self.file, self.room = file, 1_000_000
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            self.file.flush()
+            die()
+        return self.file.write(data)
+
+save, replace, log, save_best = torch.save, os.replace, runs.RunFolder.log, runs.RunFolder.save_best
+
+def logged(folder, *record):
+    log(folder, *record)
+    if reached("log"):
+        die()
+
+def best_saved(folder, model):
+    save_best(folder, model)
+    if reached("best"):
+        die()
+
+torch.save = lambda state, file: save(state, HalfWritten(file) if reached("write") else file)
+tensor_files.os.replace = lambda *names: die() if reached("replace") else replace(*names)
+runs.RunFolder.log = logged
+runs.RunFolder.save_best = best_saved
+sys.exit(train.main(sys.argv[1:]))
+"""
+# The second save of a state is in mid-epoch, the first replaced file is config.json.
+MOMENTS = ("log 1", "log 4", "write 2", "replace 2", "best 1", "write 5")
+
+
+@pytest.fixture(scope="module")
+def undisturbed_ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = start(folder, output, ranks=2)
+    lines = said_by(process)
+    assert process.returncode == 0
+    return weights_line(lines), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment(
+    moment: str,
+    ranks: int,
+    workers: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    output = tmp_path / "run"
+    script = tmp_path / "saving.py"
+    script.write_text(SAVING)
+    monkeypatch.setenv("KILL_AT", moment)
+    arguments = ("--workers", workers, "--save-every", "1")
+    process = start(folder, output, *arguments, ranks=ranks, module=[str(script)])
+    said_by(process)
+    assert process.returncode == (-signal.SIGKILL if ranks == 1 else 1)
+    assert (output / "last.pt").exists() == (moment not in ("log 1", "replace 2"))
+    process = start(folder, output, *arguments, "--resume", "latest", ranks=ranks)
+    lines = said_by(process)
+    assert process.returncode == 0
+    expected = request.getfixturevalue("undisturbed" if ranks == 1 else "undisturbed_ranks")
+    assert_same_run(output, lines, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["launcher", "second rank"])
+def test_a_signal_to_two_ranks(
+    whom: str, folder: Path, tmp_path: Path, undisturbed_ranks: tuple[str, Path]
+) -> None:
+    output = tmp_path / "run"
+    process = start(folder, output, "--workers", "2", ranks=2)
+    wait_for_lines(process, output, 3)
+    if whom == "launcher":
+        process.send_signal(signal.SIGTERM)
+    else:
+        os.kill(rank_process(process.pid, "1"), signal.SIGTERM)
+    lines = said_by(process)
+    assert process.returncode != 0
+    stops = [line for line in lines if "saved step" in line]
+    assert len(stops) == 1
+    assert re.fullmatch(r"SIGTERM: saved step \d+; go on with --resume latest", stops[0])
+    assert not any("internal error" in line or "sha256" in line for line in lines)
+    process = start(folder, output, "--resume", "latest", ranks=2)
+    lines = said_by(process)
+    assert process.returncode == 0
+    assert_same_run(output, lines, undisturbed_ranks)
+
+
+def rank_process(launcher: int, rank: str) -> int:
+    """Return the process that a launcher started as this rank, on Linux."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(path.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1])
+            environment = path.joinpath("environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if parent == launcher and f"RANK={rank}".encode() in environment:
+            return int(path.name)
+    raise AssertionError(f"no rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--batch-size", "1"), "batch_size is 1 for 2 processes; use at least --batch-size 2"),
+        (("--max-bad", "0"), "1 of the 10 videos of epoch"),
+        (("--output", "plain.safetensors"), "plain.safetensors: cannot be written: "),
+        (("--resume", "latest", "--lr", "1"), "recipe.learning_rate was 0.001, is 1.0"),
+    ],
+)
+def test_errors_of_two_ranks(
+    arguments: tuple[str, ...],
+    said: str,
+    folder: Path,
+    tmp_path: Path,
+    undisturbed_ranks: tuple[str, Path],
+) -> None:
+    output = tmp_path / "run"
+    if "--resume" in arguments:
+        shutil.copytree(undisturbed_ranks[1], output)
+    process = start(folder, output, *arguments, ranks=2)
+    lines = said_by(process)
+    assert process.returncode != 0
+    assert any(said in line for line in lines)
+    assert not any("internal error" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_compile(folder: Path, tmp_path: Path, run: Run) -> None:
+    code, _ = run("--no-augmentation", "--model", "plain.safetensors", "--epochs", "1")
+    assert code == 0
+    expected = metrics(tmp_path / "run")
+    code, _ = run(
+        *("--no-augmentation", "--model", "plain.safetensors", "--epochs", "1", "--compile"),
+        *("--output", str(tmp_path / "compiled")),
+    )
+    assert code == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "compiled")]
+    assert losses == pytest.approx([record["loss"] for record in expected], abs=1e-4)
