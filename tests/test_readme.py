@@ -11,7 +11,8 @@ from video_files import write_video
 
 import actionclip
 from actionclip.__main__ import main as package_main
-from actionclip.cli import check, eval, synthetic, train, zeroshot
+from actionclip.cli import check, synthetic, train, zeroshot
+from actionclip.cli import eval as eval_command
 from actionclip.cli.command import ExitCode
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
 from actionclip.published import MODELS
@@ -50,9 +51,11 @@ def test_exit_codes_and_options_are_the_real_ones() -> None:
     for code in ExitCode:
         if code not in (ExitCode.STALLED, ExitCode.INTERRUPTED, ExitCode.TERMINATED):
             assert f"| {int(code)} | " in README
-    parsers = [module.build_parser() for module in (zeroshot, train, eval, check, synthetic)]
+    parsers = [
+        module.build_parser() for module in (zeroshot, train, eval_command, check, synthetic)
+    ]
     options = {option for parser in parsers for option in parser._option_string_actions}
-    command = README[README.index("## Try it") : README.index("## Models")]
+    command = README[README.index("## From Python") : README.index("## Models")]
     assert set(re.findall(r"(--[a-z][a-z-]+)", command)) <= {*options, "--nproc-per-node"}
 
 
