@@ -438,7 +438,7 @@ class Trainer:
             **result.metrics,
             "videos": result.num_videos,
             "failed": len(result.failures),
-            "hash": self.val.digest,
+            "data_sha256": self.val.digest,
         }
 
     def _train_record(self, clips_per_second: float) -> Record:

@@ -141,7 +141,7 @@ def test_records(whole: tuple[str, dict[str, Any]], data: Path) -> None:
     evaluation = metrics[2]
     assert evaluation["videos"] == 4
     assert evaluation["failed"] == 0
-    assert evaluation["hash"] == read_video_list(data / "val").digest
+    assert evaluation["data_sha256"] == read_video_list(data / "val").digest
     bad = [json.loads(line) for line in whole[1]["bad"].splitlines()]
     assert bad
     assert {Path(fault["path"]) for fault in bad} == {data / BROKEN}

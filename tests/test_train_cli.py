@@ -124,9 +124,9 @@ def test_a_run_from_start_to_end(run: Run, folder: Path, tmp_path: Path) -> None
         "videos": 12,
         "missing": 0,
         "class_names": list(CLASSES),
-        "hash": hashes["train"],
+        "sha256": hashes["train"],
     }
-    assert config["data"]["val"]["hash"] == hashes["val"]
+    assert config["data"]["val"]["sha256"] == hashes["val"]
     assert config["recipe"]["learning_rate"] == 1e-3
     assert config["recipe"]["augmentation"]["flip"] == 0
     assert config["recipe"]["templates"] == ["a video of {}", "{}", "watch {}"]
@@ -347,7 +347,7 @@ def test_tensorboard(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert shown == [("train/loss", loss, i + 1) for i, loss in enumerate(losses)]
     names = {entry[0] for entry in Board.written[1:-1]}
     assert {"train/lr/text", "train/lr/head", "train/logit_scale", "eval/top1"} <= names
-    assert not any("hash" in name or "step" in name for name in names)
+    assert not any("sha256" in name or "step" in name for name in names)
 
 
 def test_tensorboard_keeps_what_a_resumed_run_had_shown(

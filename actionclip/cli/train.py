@@ -395,7 +395,7 @@ def describe_run(trainer: Trainer, running: Running, device: torch.device) -> di
                 "videos": len(videos.samples),
                 "missing": len(videos.missing),
                 "class_names": videos.class_names,
-                "hash": videos.digest,
+                "sha256": videos.digest,
             }
             for part, videos in data.items()
             if videos is not None
