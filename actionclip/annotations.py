@@ -774,7 +774,11 @@ def _read_something_v1(source: str, records: Iterable[tuple[str, list[str]]]) ->
 
 def _class_names(listing: _Listing, given: Sequence[str] | None) -> list[str]:
     if given is not None:
-        return check_class_names(_without_numbers(check_class_names(given)))
+        names = check_class_names(given)
+        keys = {_key(name) for name in names}
+        if listing.has_names and any(_key(x) in keys for row in listing.rows for x in row.labels):
+            return names  # numbers, if there are any, are a part of the names
+        return check_class_names(_without_numbers(names))
     if listing.class_names is not None:
         return check_class_names(listing.class_names)
     if not listing.has_names and _are_indices(listing):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from actionclip.errors import InputError, VideoError
 from actionclip.models.actionclip import ActionCLIP
-from actionclip.prompts import TEMPLATES, check_class_names, fill_templates, readable
+from actionclip.prompts import TEMPLATES, check_class_names, class_prompts
 from actionclip.sampling import view_indices
 from actionclip.similarity import EVALUATION_SCALE, fuse_templates, fuse_views
 from actionclip.tokenizer import tokenize, words
@@ -158,8 +158,7 @@ class VideoClassifier:
             mean=model.pixel_mean,
             std=model.pixel_std,
         )
-        names = self.labels if raw_labels else [readable(label) for label in self.labels]
-        prompts = fill_templates(templates, names)
+        prompts = class_prompts(templates, self.labels, raw_labels=raw_labels)
         self.text_embeddings = encode_prompts(model, prompts).unflatten(0, (len(templates), -1))
         if model.untrained:
             more = f" and {len(model.untrained) - 1} more" if len(model.untrained) > 1 else ""

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from actionclip.annotations import Sample, VideoList
 from actionclip.augment import augment
-from actionclip.errors import InputError, TrainingError, VideoError
-from actionclip.prompts import fill_templates, readable
+from actionclip.errors import InputError, VideoError
+from actionclip.prompts import class_prompts
 from actionclip.recipe import Recipe
 from actionclip.sampling import random_segment_indices
 from actionclip.tokenizer import tokenize
@@ -122,9 +122,8 @@ class TrainingClips(Dataset[Batch]):
         self.recipe = recipe
         self.num_frames = num_frames
         self.preprocessing = preprocessing
-        names = videos.class_names
-        names = names if recipe.raw_labels else tuple(readable(name) for name in names)
-        self.tokens = tokenize(fill_templates(recipe.templates, names), context_length)
+        prompts = class_prompts(recipe.templates, videos.class_names, raw_labels=recipe.raw_labels)
+        self.tokens = tokenize(prompts, context_length)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -265,25 +264,8 @@ def build_loader(clips: TrainingClips, sampler: RunSampler, workers: int) -> Dat
         worker_init_fn=_ignore_signals,
         # Its seed is drawn when the loop starts and would change the global random state.
         generator=torch.Generator(),
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=2 if workers else None,
     )
-
-
-def read(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """Yield the batches of a loader.
-
-    Raises:
-        TrainingError: if a worker process dies, which PyTorch calls a RuntimeError.
-    """
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            f"a process that reads videos died ({str(error).splitlines()[0]}); if memory or "
-            "/dev/shm ran out, use fewer --workers"
-        ) from error
 
 
 def _ignore_signals(worker: int) -> None:

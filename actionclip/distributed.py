@@ -52,6 +52,11 @@ def start(device_type: Literal["cpu", "cuda"], timeout_seconds: float = 600.0) -
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Return whether an error says that another process has ended."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def stop() -> None:
     """Leave the other processes; alone, do nothing."""
     if dist.is_initialized():

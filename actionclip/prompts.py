@@ -63,6 +63,14 @@ def fill_templates(templates: Sequence[str], class_names: Sequence[str]) -> list
     return [template.replace("{}", name) for template in templates for name in class_names]
 
 
+def class_prompts(
+    templates: Sequence[str], class_names: Sequence[str], *, raw_labels: bool
+) -> list[str]:
+    """Fill class names into templates, see `fill_templates`, as words unless `raw_labels`."""
+    names = class_names if raw_labels else [readable(name) for name in class_names]
+    return fill_templates(templates, names)
+
+
 def readable(name: str) -> str:
     """Return a class name as a sentence would say it.
 

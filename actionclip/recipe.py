@@ -42,7 +42,8 @@ class Recipe:
         head_ratio: that of the temporal head over `learning_rate`.
         weight_decay: of AdamW, on all parameters.
         betas: of AdamW.
-        warmup_epochs: over which the rates grow from 0, linearly; may be a fraction.
+        warmup_epochs: over which the rates grow from 0, linearly; may be a fraction. None is a
+            tenth of the epochs.
         schedule: what follows: "cosine" falls to 0 at the end, "constant" stays.
         rate_every: steps between changes of the rate; ActionCLIP's code has 10.
         target: see `losses.contrastive_kl`; ActionCLIP's code has "official".
@@ -68,7 +69,7 @@ class Recipe:
     head_ratio: float = 10.0
     weight_decay: float = 0.2
     betas: tuple[float, float] = (0.9, 0.98)
-    warmup_epochs: float = 5.0
+    warmup_epochs: float | None = None
     schedule: Schedule = "cosine"
     rate_every: int = 1
     target: Target = "uniform"
@@ -111,6 +112,16 @@ class Recipe:
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
+        if self.warmup >= self.epochs:
+            raise InputError(
+                f"warmup_epochs is {self.warmup:g} of {self.epochs} epochs; use fewer, or the rate "
+                "never reaches its height"
+            )
+
+    @property
+    def warmup(self) -> float:
+        """Epochs over which the rates grow."""
+        return self.epochs / 10 if self.warmup_epochs is None else self.warmup_epochs
 
 
 def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
@@ -130,12 +141,12 @@ def rate_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     # The rate changes at the first iteration of an epoch and at each `rate_every`-th.
     changed = max(0, (iteration + 1) // recipe.rate_every * recipe.rate_every - 1)
     now = epoch + changed / steps_per_epoch
-    if now < recipe.warmup_epochs:
-        return now / recipe.warmup_epochs
+    if now < recipe.warmup:
+        return now / recipe.warmup
     if recipe.schedule == "constant":
         return 1.0
-    falling = recipe.epochs - recipe.warmup_epochs
-    return (1 + math.cos(math.pi * min((now - recipe.warmup_epochs) / falling, 1))) / 2
+    falling = recipe.epochs - recipe.warmup
+    return (1 + math.cos(math.pi * min((now - recipe.warmup) / falling, 1))) / 2
 
 
 @dataclass(frozen=True)
@@ -172,7 +183,8 @@ def prepare(model: ActionCLIP, recipe: Recipe) -> list[ParameterGroup]:
     _set_drop_path(model, recipe.drop_path)
     _lock(model, recipe)
     if recipe.frame_position_std is not None:
-        if not isinstance(model.temporal, TemporalTransformer) or not model.untrained:
+        is_new = any(name.startswith("temporal.") for name in model.untrained)
+        if not isinstance(model.temporal, TemporalTransformer) or not is_new:
             raise InputError("frame_position_std is for a new transf head; leave it out")
         nn.init.normal_(
             model.temporal.frame_position_embeddings.weight, std=recipe.frame_position_std
@@ -246,8 +258,8 @@ def _lock(model: ActionCLIP, recipe: Recipe) -> None:
             blocks, last = list(visual.transformer.resblocks), [visual.ln_post, visual.proj]
         visual.requires_grad_(False)
         _unlock(blocks, last, recipe.lock_image, "lock_image")
-        if (time_embedding := getattr(visual, "time_embedding", None)) is not None:
-            time_embedding.requires_grad_(True)  # new, so it has to be learned
+        if "clip.visual.time_embedding" in model.untrained:
+            visual.get_parameter("time_embedding").requires_grad_(True)
     if recipe.lock_text is not None:
         for part in (clip.transformer, clip.token_embedding, clip.ln_final):
             part.requires_grad_(False)

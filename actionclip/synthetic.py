@@ -276,9 +276,12 @@ def write_clip(path: str | os.PathLike[str], text: str, seed: Seed) -> None:
     """Render a sentence into an H.264 video file.
 
     Raises:
-        InputError: if `render` refuses the sentence.
+        InputError: if `render` refuses the sentence, or the name does not end in .mp4, .mkv,
+            .mov or .avi.
         OSError: if the file cannot be written.
     """
+    if Path(path).suffix.lower() not in (".mp4", ".mkv", ".mov", ".avi"):
+        raise InputError(f"cannot write {str(path)!r}: end the name in .mp4")
     frames = render(text, seed)
     with av.open(str(path), "w") as output:
         # Slower presets track macroblocks ("mbtree"), and x264's bytes then vary from run to run.

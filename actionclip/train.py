@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from actionclip.annotations import VideoList
 from actionclip.classifier import VideoClassifier
 from actionclip.conversion import config_to_json
-from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader, read
+from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader
 from actionclip.distributed import gather_objects, gather_rows, rank, share_buffers, world_size
 from actionclip.errors import InputError, TooManyBadError, TrainingError
 from actionclip.evaluate import StoppedError, evaluate
@@ -35,7 +35,7 @@ from actionclip.losses import contrastive_kl
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.models.layers import Transformer
 from actionclip.precision import PRECISIONS
-from actionclip.prompts import fill_templates, readable
+from actionclip.prompts import class_prompts
 from actionclip.recipe import Recipe, build_optimizer, prepare, rate_factor, set_train_mode
 from actionclip.runs import RunFolder
 from actionclip.tokenizer import words
@@ -45,6 +45,10 @@ Record = dict[str, Any]
 
 # The number by which the best epoch is chosen, for either kind of list.
 SCORE = {False: "top1", True: "mean_average_precision"}
+
+
+# Views that an evaluation encodes at a time.
+EVALUATION_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Trainer:
         folder: files of the run.
         val: videos to evaluate on after each epoch, with the class names of `train`. Without
             them the last epoch is the best one.
-        running: what does not.
+        running: how it is carried out.
         should_stop: asked after each step; once true on any process, all save and end.
         on_video: called for each video of an evaluation, such as to show progress.
 
@@ -166,9 +170,9 @@ class Trainer:
         self.should_stop = should_stop
         self.on_video = on_video
         self.groups = prepare(model, recipe)
-        names = {name for name, p in model.named_parameters() if not p.requires_grad}
+        locked = {name for name, p in model.named_parameters() if not p.requires_grad}
         self._note_words()
-        model.untrained = tuple(name for name in model.untrained if name in names)
+        model.untrained = tuple(name for name in model.untrained if name in locked)
         for module in model.modules():
             if isinstance(module, Transformer):
                 module.recompute = self.running.recompute
@@ -196,9 +200,11 @@ class Trainer:
     def settings(self) -> dict[str, Any]:
         """What a resumed run must share with the one it continues, as plain JSON."""
         data = {"train": self.train, "val": self.val}
+        recipe = json.loads(json.dumps(asdict(self.recipe)))
+        del recipe["micro_batch"]  # memory may turn out too small, and results differ by rounding
         return {
             "model": json.loads(config_to_json(self.model.config)),
-            "recipe": json.loads(json.dumps(asdict(self.recipe))),
+            "recipe": recipe,
             "data": {part: videos.digest for part, videos in data.items() if videos},
         }
 
@@ -235,12 +241,29 @@ class Trainer:
             TooManyBadError: if more videos than `max_bad` of an epoch cannot be used.
             OutputError: if the folder cannot be written.
         """
+        try:
+            yield from self._steps()
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory in step {self.progress.step + 1}; use --micro-batch with a small "
+                "number, --checkpoint-activations or a smaller --batch-size"
+            ) from error
+        except RuntimeError as error:
+            # Raised wherever the loop is when a worker ends, not only while waiting for it.
+            if "DataLoader worker (pid" not in str(error):
+                raise
+            raise TrainingError(
+                f"a process that reads videos died ({str(error).splitlines()[0]}); if memory or "
+                "/dev/shm ran out, use fewer --workers"
+            ) from error
+
+    def _steps(self) -> Iterator[Record]:
         if (yield from self._end_epoch()):
             return
         loader = build_loader(self.clips, self._sampler(), self.running.workers)
         set_train_mode(self.model)
         since, first = time.monotonic(), self.progress.step
-        for batch in read(loader):
+        for batch in loader:
             stop_asked = self._step(batch)
             step = self.progress.step
             epoch_ends = step % self.steps_per_epoch == 0
@@ -249,7 +272,7 @@ class Trainer:
                 yield self._log(self._train_record(videos / (time.monotonic() - since)))
                 since, first = time.monotonic(), step
             if epoch_ends:
-                stop_asked = (yield from self._end_epoch()) or stop_asked
+                stop_asked = yield from self._end_epoch(stop_asked)
                 since = time.monotonic()
             elif stop_asked or step % self.running.save_every == 0:
                 self._save()
@@ -270,7 +293,7 @@ class Trainer:
         # What each process must tell all, in one exchange: NaN passes through it as it is.
         mine = [float(loss), float(norm), self.should_stop(), len(batch.faults), batch.exhausted]
         device = self.model.device
-        told, _ = gather_rows(torch.tensor([mine], dtype=torch.float64, device=device))
+        told, _ = gather_rows(torch.tensor([mine], device=device))
         losses, norms, stops, faults, exhausted = told.T.tolist()
         if any(faults):
             self._count_bad(gather_objects(batch.faults), any(exhausted))
@@ -282,7 +305,6 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        share_buffers(self.model)
         self.progress.step += 1
         self.progress.loss_sum += sum(losses)
         self.progress.loss_count += 1
@@ -360,7 +382,7 @@ class Trainer:
         faults = [fault for faults in faults_by_rank for fault in faults]
         for fault in faults:
             if rank() == 0:
-                self.folder.log("bad_samples", {"step": step + 1, **asdict(fault)})
+                self.folder.log("bad_samples", {"part": "train", "step": step + 1, **asdict(fault)})
         bad = [fault for fault in faults if fault.replaced]
         self.progress.num_bad += len(bad)
         drawn = self.steps_per_epoch * self.recipe.batch_size
@@ -375,9 +397,11 @@ class Trainer:
 
     def _not_finite(self, batch: Batch, losses: Sequence[float]) -> TrainingError:
         """Find out which videos made the loss or its gradient no number, on which process."""
+        finite: list[bool] = []
         with torch.no_grad():
-            video, text, _ = self._encode(self.towers, 0, batch)
-        finite = (video.isfinite() & text.isfinite()).all(1).tolist()
+            for i, part in enumerate(batch.split(self.recipe.micro_batch)):
+                video, text, _ = self._encode(self.towers, i, part)
+                finite += (video.isfinite() & text.isfinite()).all(1).tolist()
         culprits = [path for path, good in zip(batch.paths, finite, strict=True) if not good]
         mine = (not all(finite) or not math.isfinite(losses[rank()]), culprits or batch.paths)
         guilty = [(i, paths) for i, (bad, paths) in enumerate(gather_objects(mine)) if bad]
@@ -385,60 +409,68 @@ class Trainer:
         where = "; ".join(f"rank {i}: {_some(paths)}" for i, paths in guilty) or "all ranks"
         return TrainingError(
             f"the {what} is not finite in step {self.progress.step + 1} ({where}); the step has "
-            "changed no weight. Try a lower --lr, --clip-gradient 1 or --precision bf16"
+            "changed no weight. Start another run with a lower --lr, --clip-gradient 1 or "
+            "--precision bf16"
         )
 
-    def _end_epoch(self) -> Generator[Record, None, bool]:
-        """Evaluate and save, if an epoch has just ended; returns whether asked to stop."""
+    def _end_epoch(self, stop_asked: bool = False) -> Generator[Record, None, bool]:
+        """Save and evaluate, if an epoch has just ended; returns whether asked to stop."""
         progress = self.progress
         epoch, rest = divmod(progress.step, self.steps_per_epoch)
         if rest or progress.evaluated == epoch:
-            return False
-        stopped = False
+            return stop_asked
         if self.val is None:
-            progress.evaluated = epoch
+            progress.evaluated, progress.num_bad = epoch, 0
             self._save_best()
-        else:
-            try:
-                record = self._evaluate()
-            except StoppedError:
-                stopped = True
-            else:
-                progress.evaluated = epoch
-                if record[SCORE[self.val.multi_label]] > progress.best:
-                    progress.best = record[SCORE[self.val.multi_label]]
-                    self._save_best()
-                yield self._log(record)
-            set_train_mode(self.model)
-        if not stopped:
-            progress.num_bad = 0
+            self._save()
+            return stop_asked
         self._save()
-        return stopped
+        if stop_asked:
+            return True
+        share_buffers(self.model)
+        try:
+            record = self._evaluate(self.val)
+        except StoppedError:
+            return True
+        finally:
+            set_train_mode(self.model)
+        progress.evaluated, progress.num_bad = epoch, 0
+        if record[SCORE[self.val.multi_label]] > progress.best:
+            progress.best = record[SCORE[self.val.multi_label]]
+            self._save_best()
+        self._log(record)
+        self._save()
+        yield record
+        return False
 
-    def _evaluate(self) -> Record:
-        assert self.val is not None
+    def _evaluate(self, val: VideoList) -> Record:
         with self._autocast():
             classifier = VideoClassifier(
                 self.model,
-                self.val.class_names,
+                val.class_names,
                 raw_labels=self.recipe.raw_labels,
-                workers=max(1, self.running.workers),
+                batch_size=EVALUATION_BATCH,
+                workers=self.running.workers,
             )
             result = evaluate(
                 classifier,
-                self.val.samples,
-                multi_label=self.val.multi_label,
+                val.samples,
+                multi_label=val.multi_label,
                 on_result=lambda _: self.on_video(),
                 should_stop=self.should_stop,
             )
+        for failure in result.failures if rank() == 0 else ():
+            about = {"part": "val", "step": self.progress.step, **asdict(failure)}
+            self.folder.log("bad_samples", about)
         return {
             "kind": "eval",
             "step": self.progress.step,
             "epoch": self.progress.step / self.steps_per_epoch,
             **result.metrics,
             "videos": result.num_videos,
+            "damaged": result.num_damaged,
             "failed": len(result.failures),
-            "data_sha256": self.val.digest,
+            "data_sha256": val.digest,
         }
 
     def _train_record(self, clips_per_second: float) -> Record:
@@ -486,9 +518,9 @@ class Trainer:
         learns_words = self.model.clip.token_embedding.weight.requires_grad
         knows_few = config.vocabulary is not None
         if learns_words and (knows_few or "clip.token_embedding.weight" in self.model.untrained):
-            names = self.train.class_names
-            names = names if self.recipe.raw_labels else tuple(map(readable, names))
-            prompts = fill_templates(config.templates, names)
+            prompts = class_prompts(
+                config.templates, self.train.class_names, raw_labels=self.recipe.raw_labels
+            )
             learned = {word for prompt in prompts for word in words(prompt)}
             config = replace(
                 config, vocabulary=tuple(sorted({*(config.vocabulary or ()), *learned}))

@@ -70,7 +70,8 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -
 
 
 def weights_line(lines: Sequence[str]) -> str:
-    (line,) = [line for line in lines if line.startswith("weights sha256 ")]
+    start = "after the last step: "
+    (line,) = [line.removeprefix(start) for line in lines if line.startswith(start)]
     assert re.fullmatch(r"weights sha256 [0-9a-f]{64}", line)
     return line
 
@@ -125,7 +126,14 @@ def test_a_run_from_start_to_end(run: Run, folder: Path, tmp_path: Path) -> None
         "missing": 0,
         "class_names": list(CLASSES),
         "sha256": hashes["train"],
+        "root": "train",
+        "split": None,
+        "notes": [],
     }
+    assert config["start"]["weights"] == "plain.safetensors"
+    assert config["start"]["new_head"]
+    assert re.fullmatch("[0-9a-f]{64}", config["start"]["sha256"])
+    assert config["shots"] is None
     assert config["data"]["val"]["sha256"] == hashes["val"]
     assert config["recipe"]["learning_rate"] == 1e-3
     assert config["recipe"]["augmentation"]["flip"] == 0
@@ -276,7 +284,7 @@ def test_a_loss_that_is_no_number(
     code, lines = run()
     assert code == 2
     assert re.match(
-        r"the loss is not finite in step 1 \(rank 0: train/[^,]*\d.mp4\); .*Try a lower --lr",
+        r"the loss is not finite in step 1 \(rank 0: train/[^,]*\d.mp4\); .*with a lower --lr",
         lines[-1],
     )
     assert not (tmp_path / "run" / "last.pt").exists()

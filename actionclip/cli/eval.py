@@ -80,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_data(args: argparse.Namespace) -> ExitCode:
     """Evaluate the model on the data; the first process reports."""
-    device = options.pick_device(args.device)
-    distributed.start("cuda" if device.type == "cuda" else "cpu", PATIENCE_SECONDS)
+    device = options.join_processes(args.device, PATIENCE_SECONDS)
     try:
         is_first = distributed.rank() == 0
         if not is_first:
@@ -89,7 +88,7 @@ def evaluate_data(args: argparse.Namespace) -> ExitCode:
         videos = options.read_data(args, args.data)
         if is_first and args.output is not None:
             make_folder(args.output)  # a mistake should not be found after the last video
-        classifier = options.build_classifier(args, videos.class_names)
+        classifier = options.build_classifier(args, videos.class_names, device)
         share = len(videos.samples[:: distributed.world_size()])
         hidden = not (is_first and sys.stderr.isatty())
         with tqdm(total=share, unit="video", disable=hidden, file=sys.stderr) as bar:

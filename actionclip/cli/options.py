@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from actionclip import distributed
 from actionclip.annotations import VideoList, read_video_list
 from actionclip.classifier import VideoClassifier
 from actionclip.errors import InputError
@@ -102,10 +103,11 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_classifier(args: argparse.Namespace, labels: Sequence[str]) -> VideoClassifier:
+def build_classifier(
+    args: argparse.Namespace, labels: Sequence[str], device: torch.device
+) -> VideoClassifier:
     """Load the model and make the classifier that the options above ask for."""
     templates = None if args.templates is None else read_templates(args.templates)
-    device = pick_device(args.device)
     dtype = automatic_dtype(device) if args.precision == "auto" else PRECISIONS[args.precision]
     model = load(
         args.model,
@@ -126,6 +128,21 @@ def build_classifier(args: argparse.Namespace, labels: Sequence[str]) -> VideoCl
         workers=args.workers,
         strict=args.strict,
     )
+
+
+def join_processes(device: str | None, timeout_seconds: float) -> torch.device:
+    """Join the processes that torchrun started, and return the device of this one.
+
+    Raises:
+        InputError: if the device cannot be used, or is one GPU for several processes.
+    """
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    distributed.start("cuda" if name.startswith("cuda") else "cpu", timeout_seconds)
+    if distributed.world_size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise InputError(f"--device {name} for several processes; say cuda, and each takes one")
+        name = f"cuda:{distributed.local_rank()}"
+    return pick_device(name)
 
 
 def pick_device(name: str | None) -> torch.device:

@@ -76,8 +76,8 @@ def draw_curves(records: Iterable[Mapping[str, Any]], path: str) -> None:
     """Draw loss, learning rates and accuracies over the steps of a training run.
 
     Args:
-        records: the lines of a `metrics.jsonl`. Of two with the same kind and step, as a
-            resumed run may leave, the later one counts.
+        records: the lines of a `metrics.jsonl`. Of two with the same kind and step the later
+            one counts.
         path: the .png file.
 
     Raises:

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from actionclip.augment import Augmentation, has_direction
 from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.plots import draw_curves
-from actionclip.errors import InputError, MissingExtraError
+from actionclip.errors import InputError, MissingExtraError, TrainingError
 from actionclip.labels import read_templates
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.precision import PRECISIONS, automatic_dtype
@@ -111,7 +112,9 @@ def _add_recipe_options(parser: argparse.ArgumentParser, default: Recipe) -> Non
     number("--visual-lr-ratio", default.visual_ratio, "R", "rate of the image encoder over --lr")
     number("--head-lr-ratio", default.head_ratio, "R", "rate of the temporal head over --lr")
     number("--weight-decay", default.weight_decay, "W")
-    number("--warmup-epochs", default.warmup_epochs, "E")
+    recipe.add_argument(
+        "--warmup-epochs", type=float, metavar="E", help="(default: a tenth of --epochs)"
+    )
     recipe.add_argument(
         "--schedule",
         choices=("cosine", "constant"),
@@ -227,13 +230,14 @@ def train(args: argparse.Namespace) -> ExitCode:
     """Read the data, build everything, and train to the end or until a signal."""
     if args.from_scratch and args.new_head:
         raise InputError("--from-scratch has nothing that --new-head could replace; drop one")
-    device = options.pick_device(args.device)
-    distributed.start("cuda" if device.type == "cuda" else "cpu", TIMEOUT_SECONDS)
+    device = options.join_processes(args.device, TIMEOUT_SECONDS)
     try:
-        if device.type == "cuda" and distributed.world_size() > 1:
-            device = torch.device("cuda", distributed.local_rank())
         with stop_signals() as stopped_by:
             return _train(args, device, stopped_by)
+    except RuntimeError as error:
+        if not distributed.lost_another(error):
+            raise
+        raise TrainingError("another process has ended; its own message says why") from error
     finally:
         distributed.stop()
 
@@ -241,8 +245,14 @@ def train(args: argparse.Namespace) -> ExitCode:
 def _train(
     args: argparse.Namespace, device: torch.device, stopped_by: "list[signal.Signals]"
 ) -> ExitCode:
-    videos, val = read_data(args)
     is_first = distributed.rank() == 0
+    if not is_first:
+        warnings.simplefilter("ignore")  # the first process says the same
+    folder = RunFolder(args.output)
+    is_resumed = args.resume is not None and is_resumable(folder)
+    if not is_resumed:
+        folder.check_free()
+    videos, val = read_data(args)
     torch.manual_seed(args.seed % 2**63)  # for weights that no file holds
     model = load(
         args.model,
@@ -262,7 +272,6 @@ def _train(
         recompute=args.checkpoint_activations,
         compile=args.compile,
     )
-    folder = RunFolder(args.output)
     bar = Bar(hidden=not (is_first and sys.stderr.isatty()))
     trainer = Trainer(
         model,
@@ -274,13 +283,14 @@ def _train(
         should_stop=lambda: bool(stopped_by),
         on_video=bar.count_video,
     )
-    if args.resume and is_resumable(folder):
+    if is_resumed:
         trainer.resume()
         tell(f"going on at step {trainer.progress.step} of {trainer.num_steps}")
     else:
-        folder.check_free()
-    if is_first and trainer.progress.step == 0:
-        folder.start(describe_run(trainer, running, device))
+        if args.resume:
+            tell(f"{folder.path} holds no saved state; starting at the first step")
+        if is_first:
+            folder.start(describe_run(args, trainer, running, device))
     for line in (*table(trainer.groups), describe_steps(trainer, device)):
         tell(line)
     bar.start(trainer)
@@ -302,7 +312,7 @@ def _train(
         by_signal = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
         return by_signal[signals[0]]
     if is_first:
-        tell(f"weights sha256 {digest(model)}")
+        tell(f"after the last step: weights sha256 {digest(model)}")
         tell(f"{folder.best}: the model of the {'best' if val else 'last'} epoch")
     return ExitCode.DONE
 
@@ -382,7 +392,9 @@ def is_resumable(folder: RunFolder) -> bool:
     return bool(some)
 
 
-def describe_run(trainer: Trainer, running: Running, device: torch.device) -> dict[str, Any]:
+def describe_run(
+    args: argparse.Namespace, trainer: Trainer, running: Running, device: torch.device
+) -> dict[str, Any]:
     """Return what config.json holds."""
     data = {"train": trainer.train, "val": trainer.val}
     return {
@@ -394,11 +406,20 @@ def describe_run(trainer: Trainer, running: Running, device: torch.device) -> di
                 "layout": videos.layout,
                 "videos": len(videos.samples),
                 "missing": len(videos.missing),
+                "root": videos.root,
+                "split": args.split if part == "train" else args.val_split,
+                "notes": videos.notes,
                 "class_names": videos.class_names,
                 "sha256": videos.digest,
             }
             for part, videos in data.items()
             if videos is not None
+        },
+        "shots": args.shots,
+        "start": {
+            "weights": None if args.from_scratch else args.model,
+            "new_head": args.new_head,
+            "sha256": digest(trainer.model),
         },
         "model": trainer.settings["model"],
         "recipe": asdict(trainer.recipe),
