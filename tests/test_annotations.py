@@ -95,6 +95,13 @@ def test_folders_called_like_numbers_are_names():
     assert read_video_list("d").class_names == ("3", "7")
 
 
+def test_numbered_class_folders_keep_their_numbers_in_every_part():
+    touch("train/1 walking/a.mp4", "train/2 running/b.mp4", "val/2 running/c.mp4")
+    names = read_video_list("train").class_names
+    assert names == ("1 walking", "2 running")
+    assert found(read_video_list("val", class_names=names)) == [("val/2 running/c.mp4", (1,))]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

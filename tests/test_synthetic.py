@@ -209,6 +209,12 @@ def test_processes_change_nothing(tmp_path: Path) -> None:
         assert Path(a).read_bytes() == Path(b).read_bytes()
 
 
+@pytest.mark.parametrize("name", ["clip", "clip.txt", "clip.gif"])
+def test_names_that_are_no_video(tmp_path: Path, name: str, capsys) -> None:
+    assert main([str(tmp_path / name), "--sentence", "a red circle growing"]) == 2
+    assert f"{name}': end the name in .mp4" in capsys.readouterr().err
+
+
 def test_command_writes_one_clip(tmp_path: Path) -> None:
     assert main([str(tmp_path / "a.mp4"), "--sentence", CLEAN, "--seed", "4"]) == 0
     write_clip(tmp_path / "b.mp4", CLEAN, 4)

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -340,6 +341,44 @@ def test_a_disk_that_is_gone(data: Path, tmp_path: Path) -> None:
     nowhere = [replace(sample, path=f"{sample.path}.gone") for sample in trainer.clips.samples]
     trainer.clips.samples = nowhere
     with pytest.raises(TooManyBadError, match=r"50 of the 10 videos of epoch 1"):
+        finish(trainer)
+
+
+def test_an_evaluation_names_what_it_could_not_use(data: Path, tmp_path: Path) -> None:
+    trainer = build(data, tmp_path, running=RUNNING)
+    assert trainer.val is not None
+    gone = replace(trainer.val.samples[1], path=str(tmp_path / "gone.mp4"))
+    trainer.val = replace(trainer.val, samples=(*trainer.val.samples[:1], gone))
+    records = [record for record in trainer.run() if record["kind"] == "eval"]
+    assert [record["failed"] for record in records] == [1, 1]
+    listed = [r for r in RunFolder(tmp_path).records("bad_samples") if r["part"] == "val"]
+    assert [(r["path"], r["reason"]) for r in listed] == [(gone.path, "missing")] * 2
+
+
+def test_what_runs_out_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = build(data, tmp_path)
+    monkeypatch.setattr(trainer, "_loss", too_much)
+    with pytest.raises(TrainingError, match=r"out of memory in step 1; use --micro-batch"):
+        finish(trainer)
+
+
+def test_a_worker_that_is_killed_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(data, tmp_path, running=replace(RUNNING, workers=1))
+
+    def kill(*_: Any) -> Any:
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        time.sleep(5)  # the signal of its end comes here
+
+    monkeypatch.setattr(trainer, "_backward", kill)
+    with pytest.raises(TrainingError, match=r"reads videos died \(DataLoader worker .*fewer --wor"):
         finish(trainer)
 
 
