@@ -436,6 +436,7 @@ def test_a_signal_saves(
     folder: Path,
     undisturbed: tuple[str, Path],
 ) -> None:
+    handler = signal.getsignal(signal.SIGINT)
     signal_at(monkeypatch, number, step=2)  # the next step is the last one before saving
     code, lines = run(*HARD)
     assert code == SIGNALS[number]
@@ -456,7 +457,7 @@ def test_a_signal_saves(
     code, lines = run(*HARD, "--resume", "latest")
     assert code == 0
     assert_same_run(tmp_path / "run", lines, undisturbed)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 @pytest.mark.parametrize(
