@@ -272,7 +272,9 @@ def _lock(model: ActionCLIP, recipe: Recipe) -> None:
 def _unlock(blocks: list[nn.Module], last: list[nn.Module | Tensor], count: int, name: str) -> None:
     """Unlock the last `count` blocks and what follows them."""
     if count > len(blocks):
-        raise InputError(f"{name} is {count}, and the encoder has {len(blocks)} blocks")
+        raise InputError(
+            f"{name} is {count}, and the encoder has {len(blocks)} blocks; use no more"
+        )
     if count:
         for part in (*blocks[-count:], *last):
             part.requires_grad_(True)

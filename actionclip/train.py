@@ -380,9 +380,9 @@ class Trainer:
         """Write down videos that could not be used, and stop if they are too many."""
         step = self.progress.step
         faults = [fault for faults in faults_by_rank for fault in faults]
-        for fault in faults:
-            if rank() == 0:
-                self.folder.log("bad_samples", {"part": "train", "step": step + 1, **asdict(fault)})
+        for fault in faults if rank() == 0 else ():
+            about = {"part": "train", "step": step + 1, **asdict(fault), "epoch": fault.epoch + 1}
+            self.folder.log("bad_samples", about)
         bad = [fault for fault in faults if fault.replaced]
         self.progress.num_bad += len(bad)
         drawn = self.steps_per_epoch * self.recipe.batch_size
@@ -390,7 +390,7 @@ class Trainer:
             first = (bad or faults)[0]
             raise TooManyBadError(
                 f"{self.progress.num_bad} of the {drawn} videos of epoch "
-                f"{step // self.steps_per_epoch + 1} cannot be used, more than --max-bad "
+                f"{step // self.steps_per_epoch + 1} cannot be used so far, more than --max-bad "
                 f"{self.running.max_bad:g} allows; one is {first.path} ({first.message}), all are "
                 f"in {self.folder.log_file('bad_samples')}"
             )

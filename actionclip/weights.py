@@ -310,7 +310,8 @@ def _with_time(
     asked = None if temporal is None else canonical_temporal(temporal)
     if checkpoint.temporal and asked and asked != checkpoint.temporal:
         raise InputError(
-            f"temporal={temporal!r} contradicts {name}, which has {checkpoint.temporal!r}"
+            f"temporal={temporal!r} contradicts {name}, which has {checkpoint.temporal!r}; leave "
+            "it out, or start another prompt in training (new_head, --new-head)"
         )
     return replace(
         config,

@@ -147,7 +147,7 @@ def test_records(whole: tuple[str, dict[str, Any]], data: Path) -> None:
     assert bad
     assert {Path(fault["path"]) for fault in bad} == {data / BROKEN}
     assert all(fault["replaced"] and fault["reason"] == "not-a-video" for fault in bad)
-    assert [(fault["step"] - 1) // 2 for fault in bad] == [fault["epoch"] for fault in bad]
+    assert [(fault["step"] + 1) // 2 for fault in bad] == [fault["epoch"] for fault in bad]
 
 
 # An epoch asks six times: after two steps and four videos of the evaluation.
@@ -327,7 +327,8 @@ def test_too_many_bad_videos(data: Path, tmp_path: Path) -> None:
     epoch = trainer.progress.step // 2 + 1
     message = str(caught.value)
     assert (
-        f"1 of the 10 videos of epoch {epoch} cannot be used, more than --max-bad 0.05" in message
+        f"1 of the 10 videos of epoch {epoch} cannot be used so far, more than --max-bad 0.05"
+        in message
     )
     assert str(data / BROKEN) in message
     assert str(tmp_path / "bad_samples.jsonl") in message

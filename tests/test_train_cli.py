@@ -202,18 +202,25 @@ def test_from_scratch_with_few_videos(run: Run, tmp_path: Path) -> None:
 
 
 WRONG = {
-    ("--batch-size", "13"): "batch_size is 13 and there are 12 videos; use --batch-size 12 or less",
+    (
+        "--batch-size",
+        "13",
+    ): "--batch-size is 13 and there are 12 videos; use --batch-size 12 or less",
     ("--model", "ViT-B/17"): "model 'ViT-B/17' is no known name and no file; did you mean ViT-B/1",
-    ("--lr", "-1"): "learning_rate is -1.0; use a positive number",
-    ("--lr", "nan"): "learning_rate is nan; use a positive number",
-    ("--epochs", "0"): "epochs is 0; use at least 1",
-    ("--seed", "-1"): "seed is -1; use 0 or more",
-    ("--workers", "-1"): "workers is -1; use at least 0",
-    ("--max-bad", "2"): "max_bad is 2.0; use a share, 0 to 1",
-    ("--lock-text", "3"): "lock_text is 3, and the encoder has 2 blocks",
-    ("--frame-position-std", "0.1"): "frame_position_std is for a new transf head; leave it out",
+    ("--lr", "-1"): "--lr is -1.0; use a positive number",
+    ("--lr", "nan"): "--lr is nan; use a positive number",
+    ("--epochs", "0"): "--epochs is 0; use at least 1",
+    ("--seed", "-1"): "--seed is -1; use 0 or more",
+    ("--workers", "-1"): "--workers is -1; use at least 0",
+    ("--max-bad", "2"): "--max-bad is 2.0; use a share, 0 to 1",
+    ("--lock-text", "3"): "--lock-text is 3, and the encoder has 2 blocks; use no",
+    ("--frame-position-std", "0.1"): "--frame-position-std is for a new transf head; leave it",
     ("--temporal", "lstm"): "temporal='lstm' contradicts model.safetensors, which has 'transf_cls'",
     ("--new-head", "--from-scratch"): "--from-scratch has nothing that --new-head could replace",
+    ("--warmup-epochs", "2", "--epochs", "2"): "--warmup-epochs is 2 of 2 epochs; use fewer",
+    ("--crop-scales", "0"): "--crop-scales are (0.0,); use one or more in (0, 1]",
+    ("--frames", "0"): "--frames is 0, it must be at least 1",
+    ("--output", ""): "--output is empty; name a folder",
     ("--resume", "first"): "argument --resume: invalid choice: 'first'",
     ("--batch-size", "many"): "argument --batch-size: invalid int value: 'many'",
     ("--train", "nowhere"): "nowhere",
@@ -265,7 +272,7 @@ def test_a_folder_with_a_run(run: Run, tmp_path: Path) -> None:
 def test_too_many_bad_videos(run: Run, tmp_path: Path) -> None:
     code, lines = run("--max-bad", "0")
     assert code == 4
-    assert re.match(r"1 of the 10 videos of epoch [12] cannot be used, more than", lines[-1])
+    assert re.match(r"1 of the 10 videos of epoch [12] cannot be used so far, more than", lines[-1])
     assert str(BROKEN) in lines[-1]
     (fault,) = (tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()
     assert json.loads(fault)["path"] == str(BROKEN)

@@ -63,6 +63,8 @@ def work(args: argparse.Namespace) -> ExitCode:
             write_folder(args)
     except OSError as error:
         reason = error.strerror or error
+        if args.sentence is None and os.path.isfile(args.output):
+            reason = "it is a file; name a folder, or say what to show with --sentence"
         raise OutputError(f"{args.output}: cannot be written ({reason})") from error
     return ExitCode.DONE
 

@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -228,12 +228,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> ExitCode:
     """Read the data, build everything, and train to the end or until a signal."""
+    if not args.output:
+        raise InputError("--output is empty; name a folder")
     if args.from_scratch and args.new_head:
         raise InputError("--from-scratch has nothing that --new-head could replace; drop one")
     device = options.join_processes(args.device, TIMEOUT_SECONDS)
     try:
         with stop_signals() as stopped_by:
             return _train(args, device, stopped_by)
+    except InputError as error:
+        raise in_terms_of_options(error) from error
     except RuntimeError as error:
         if not distributed.lost_another(error):
             raise
@@ -248,6 +252,15 @@ def _train(
     is_first = distributed.rank() == 0
     if not is_first:
         warnings.simplefilter("ignore")  # the first process says the same
+    recipe = build_recipe(args, device)
+    running = Running(
+        workers=args.workers,
+        log_every=args.log_every,
+        save_every=args.save_every,
+        max_bad=args.max_bad,
+        recompute=args.checkpoint_activations,
+        compile=args.compile,
+    )
     folder = RunFolder(args.output)
     is_resumed = args.resume is not None and is_resumable(folder)
     if not is_resumed:
@@ -263,15 +276,7 @@ def _train(
         activation=args.activation,
         new_head=args.new_head,
     )
-    recipe = build_recipe(args, model, videos, device)
-    running = Running(
-        workers=args.workers,
-        log_every=args.log_every,
-        save_every=args.save_every,
-        max_bad=args.max_bad,
-        recompute=args.checkpoint_activations,
-        compile=args.compile,
-    )
+    recipe = fit_recipe(recipe, args, model, videos)
     bar = Bar(hidden=not (is_first and sys.stderr.isatty()))
     trainer = Trainer(
         model,
@@ -324,41 +329,26 @@ def read_data(args: argparse.Namespace) -> tuple[VideoList, VideoList | None]:
         videos = few_shot(videos, args.shots, args.seed)
     val = None
     if args.val is not None:
-        val = read_video_list(
-            args.val, videos=args.videos, class_names=videos.class_names, split=args.val_split
-        )
+        try:
+            val = read_video_list(
+                args.val, videos=args.videos, class_names=videos.class_names, split=args.val_split
+            )
+        except InputError as error:
+            raise InputError(
+                f"{error}; --val has the classes of --train, or of --labels"
+            ) from error
     for name, data in (("train", videos), ("val", val)):
         for line in describe(data) if data else ():
             tell(f"{name}: {line}")
     return videos, val
 
 
-def build_recipe(
-    args: argparse.Namespace, model: ActionCLIP, videos: VideoList, device: torch.device
-) -> Recipe:
-    """Gather what decides the result."""
-    augmentation = None
-    if not args.no_augmentation:
-        flip = args.flip == "yes" or (args.flip == "auto" and not has_direction(videos.class_names))
-        if args.flip == "auto" and not flip:
-            tell("no video is mirrored, because labels name a direction; --flip yes does it")
-        augmentation = Augmentation(
-            resolution=model.input_resolution,
-            scales=tuple(args.crop_scales),
-            flip=0.5 if flip else 0.0,
-            jitter=args.jitter,
-            grayscale=args.grayscale,
-            randaugment_ops=args.randaugment[0],
-            randaugment_magnitude=args.randaugment[1],
-            per_frame=args.per_frame,
-        )
+def build_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
+    """Gather what decides the result, but for what depends on the model and the data."""
     precision = args.precision
     if precision == "auto":
         dtype = automatic_dtype(device)
         precision = next(name for name, kind in PRECISIONS.items() if kind == dtype)
-    templates = model.config.templates
-    if args.templates is not None:
-        templates = read_templates(args.templates)
     return Recipe(
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -377,11 +367,59 @@ def build_recipe(
         lock_text=args.lock_text,
         frame_position_std=args.frame_position_std,
         precision=precision,
-        templates=tuple(templates),
         raw_labels=args.raw_labels,
-        augmentation=augmentation,
+        augmentation=None if args.no_augmentation else build_augmentation(args),
         seed=args.seed,
     )
+
+
+def build_augmentation(args: argparse.Namespace) -> Augmentation:
+    """Gather what is done to frames; the resolution is the model's, once it is known."""
+    return Augmentation(
+        resolution=1,
+        scales=tuple(args.crop_scales),
+        flip=0.0 if args.flip == "no" else 0.5,
+        jitter=args.jitter,
+        grayscale=args.grayscale,
+        randaugment_ops=args.randaugment[0],
+        randaugment_magnitude=args.randaugment[1],
+        per_frame=args.per_frame,
+    )
+
+
+def fit_recipe(
+    recipe: Recipe, args: argparse.Namespace, model: ActionCLIP, videos: VideoList
+) -> Recipe:
+    """Complete the recipe with what depends on the model and the data."""
+    augmentation = recipe.augmentation
+    if augmentation is not None:
+        augmentation = replace(augmentation, resolution=model.input_resolution)
+        if args.flip == "auto" and has_direction(videos.class_names):
+            tell("no video is mirrored, because labels name a direction; --flip yes does it")
+            augmentation = replace(augmentation, flip=0.0)
+    templates = model.config.templates
+    if args.templates is not None:
+        templates = read_templates(args.templates)
+    return replace(recipe, augmentation=augmentation, templates=tuple(templates))
+
+
+def in_terms_of_options(error: InputError) -> InputError:
+    """Name the option where an error starts with the name of a field behind it."""
+    renamed = {
+        "learning_rate": "--lr",
+        "visual_ratio": "--visual-lr-ratio",
+        "head_ratio": "--head-lr-ratio",
+        "rate_every": "--lr-every",
+        "num_frames": "--frames",
+        "scales": "--crop-scales",
+        "randaugment_ops": "--randaugment",
+        "randaugment_magnitude": "--randaugment",
+    }
+    known = {f.name for kind in (Recipe, Augmentation, Running) for f in fields(kind)}
+    name, _, rest = str(error).partition(" ")
+    if name not in known and name not in renamed:
+        return error
+    return InputError(f"{renamed.get(name, '--' + name.replace('_', '-'))} {rest}")
 
 
 def is_resumable(folder: RunFolder) -> bool:
@@ -446,13 +484,13 @@ def describe_steps(trainer: Trainer, device: torch.device) -> str:
     """Return a line on the steps of the run, and on the videos that they leave out."""
     recipe, num_videos = trainer.recipe, len(trainer.clips)
     line = (
-        f"{recipe.epochs} epochs of {trainer.steps_per_epoch} steps with {recipe.batch_size} "
-        f"videos, {recipe.precision} on {device}"
+        f"epochs: {recipe.epochs}, steps in each: {trainer.steps_per_epoch}, videos in a step: "
+        f"{recipe.batch_size}; {recipe.precision} on {device}"
     )
     if rest := num_videos - trainer.steps_per_epoch * recipe.batch_size:
-        line += f"; in each epoch {rest} videos, other ones each time, do not fill a batch"
+        line += f"; left out of an epoch, others each time, as they do not fill a batch: {rest}"
     if unlabelled := len(trainer.train.samples) - num_videos:
-        line += f"; {unlabelled} videos without a label are left out"
+        line += f"; left out without a label: {unlabelled}"
     return line
 
 
@@ -463,9 +501,12 @@ class Bar:
         self.hidden = hidden
         self.bar: Any = None
         self.num_videos = 0
+        self.epoch: list[tuple[int, float, float]] = []  # steps, loss, clips/s of each record
+        self.step = 0
 
     def start(self, trainer: Trainer) -> None:
         """Show the steps of a run."""
+        self.step = trainer.progress.step
         self.bar = tqdm(
             total=trainer.num_steps,
             initial=trainer.progress.step,
@@ -483,13 +524,15 @@ class Bar:
         """Show what a record says, evaluations on a line of their own."""
         if record["kind"] == "train":
             rates = "/".join(f"{rate:.1e}" for rate in dict.fromkeys(record["lr"].values()))
+            loss, speed = record["loss"], record["clips_per_second"]
             self.bar.set_postfix_str(
-                f"loss {record['loss']:.3f}, lr {rates}, {record['clips_per_second']:.1f} clips/s",
-                refresh=False,
+                f"loss {loss:.3f}, lr {rates}, {speed:.1f} clips/s", refresh=False
             )
             self.bar.update(record["step"] - self.bar.n)
-            if self.hidden and record["epoch"] == int(record["epoch"]):
-                tell(f"epoch {record['epoch']:g}: {self.bar.postfix}")
+            self.epoch.append((record["step"] - self.step, loss, speed))
+            self.step = record["step"]
+            if record["epoch"] == int(record["epoch"]):
+                self._end_epoch(record["epoch"], rates)
             return
         self.num_videos = 0
         names = (*SCORE.values(), "top5", "mean_class_accuracy")
@@ -497,6 +540,15 @@ class Bar:
         failed = f", {record['failed']} failed" if record["failed"] else ""
         with tqdm.external_write_mode(file=sys.stderr):
             tell(f"epoch {record['epoch']:g}: {scores}{failed}")
+
+    def _end_epoch(self, epoch: float, rates: str) -> None:
+        """Say in a line what the bar would have shown, on average over the epoch."""
+        steps = sum(count for count, _, _ in self.epoch)
+        loss = sum(count * loss for count, loss, _ in self.epoch) / steps
+        speed = steps / sum(count / speed for count, _, speed in self.epoch)
+        self.epoch.clear()
+        if self.hidden:
+            tell(f"epoch {epoch:g}: loss {loss:.3f}, lr {rates}, {speed:.1f} clips/s")
 
     def close(self) -> None:
         self.bar.close()
