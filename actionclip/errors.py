@@ -41,7 +41,7 @@ class DownloadError(WeightsError):
     """A published weight file could not be fetched or did not match its checksum."""
 
 
-class OutputError(ActionClipError, OSError):
+class OutputError(ActionClipError):
     """A file cannot be written: no space, no permission, no folder."""
 
 

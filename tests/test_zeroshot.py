@@ -19,6 +19,7 @@ from video_files import write_video
 import actionclip
 from actionclip.__main__ import main as package_main
 from actionclip.cli import options, report, zeroshot
+from actionclip.errors import OutputError
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
 
 LABELS = ["juggling balls", "archery", "bowling"]
@@ -363,3 +364,12 @@ def test_a_reader_that_leaves_is_no_traceback(folder: Path) -> None:
     assert result.stdout.splitlines() == ["no.mp4", "5"]
     assert "Traceback" not in result.stderr
     assert "Exception ignored" not in result.stderr
+
+
+def test_closed_standard_output_is_named_once(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    with (
+        pytest.raises(OutputError, match=r"^standard output is closed; use --output FILE$"),
+        report.open_output(None),
+    ):
+        pass
