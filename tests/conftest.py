@@ -1,9 +1,20 @@
 """Small videos, rendered once per test run."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from video_files import write_video
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread, with which a run is the same in any process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

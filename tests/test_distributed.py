@@ -1,12 +1,11 @@
 """Several processes with gloo: the loss of one, shared out, and the small collectives."""
 
-import multiprocessing
 import os
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -110,32 +109,12 @@ def work(rank: int, ports: dict[int, int], folder: Path) -> None:
         distributed.stop()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Let three processes do everything that these tests look at."""
     folder = tmp_path_factory.mktemp("ranks")
-    # A server that imports torch once and is never threaded: quick and safe to fork.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    ports = {world: free_port() for world in COUNTS}
-    processes = [
-        context.Process(target=work, args=(rank, ports, folder), daemon=True) for rank in range(3)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 120
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0, 0]
+    ports = {world: processes.free_port() for world in COUNTS}
+    processes.run(3, work, ports, folder, seconds=120)
     return folder
 
 

@@ -3,7 +3,6 @@
 import math
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ import filled
 import pytest
 import torch
 from golden_files import clip_config
+from processes import free_port
 from video_files import write_video
 
 from actionclip import evaluate as module
@@ -279,9 +279,7 @@ def test_gloo_processes_give_the_same(
 ) -> None:
     save(model, tmp_path / "model.safetensors")
     (tmp_path / "task.pkl").write_bytes(pickle.dumps((LABELS, samples)))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     processes = []
     for i in range(num_ranks):
         place = {"RANK": i, "LOCAL_RANK": i, "WORLD_SIZE": num_ranks, "MASTER_PORT": port}

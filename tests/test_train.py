@@ -5,13 +5,13 @@ import math
 import multiprocessing
 import os
 import signal
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ from actionclip.recipe import Recipe
 from actionclip.runs import RunFolder
 from actionclip.train import Running, Towers, Trainer
 from actionclip.weights import digest, load
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Everything random at once: dropout of the head, stochastic depth, augmentation, parts of
 # which the last is smaller. 12 videos: 2 steps an epoch.
@@ -51,14 +53,6 @@ class Crash(BaseException):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_all(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(
@@ -423,12 +417,6 @@ def test_other_settings_are_named(data: Path, tmp_path: Path) -> None:
 # Several processes.
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def work(rank: int, port: int, data: Path, folder: Path) -> None:
     """Be one of two processes and do everything that the tests below look at."""
     torch.set_num_threads(1)
@@ -475,23 +463,7 @@ def work(rank: int, port: int, data: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    # A server that imports torch once and is never threaded: quick and safe to fork.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    port = free_port()
-    processes = [
-        context.Process(target=work, args=(rank, port, data, folder), daemon=True)
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + 90
-    for process in processes:
-        process.join(max(0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0, 0]
+    processes.run(2, work, processes.free_port(), data, folder, seconds=90)
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from actionclip.cli import plots
 from actionclip.cli import train as command
 from actionclip.weights import digest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = (
     *("--model", "model.safetensors", "--device", "cpu", "--precision", "fp32"),
     *("--epochs", "2", "--batch-size", "5", "--lr", "1e-3", "--warmup-epochs", "0.5"),
@@ -38,14 +40,6 @@ HARD = ("--val", "val", "--drop-path", "0.3", "--micro-batch", "2", "--epochs", 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_all(tmp_path_factory.mktemp("train"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 Run = Callable[..., tuple[int, list[str]]]
