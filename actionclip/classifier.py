@@ -8,24 +8,22 @@ once and kept. Memory holds a few videos' frames, however many there are.
 import math
 import os
 import warnings
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from actionclip.ahead import map_ahead
 from actionclip.errors import InputError, VideoError
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.prompts import TEMPLATES, check_class_names, class_prompts
 from actionclip.sampling import view_indices
 from actionclip.similarity import EVALUATION_SCALE, fuse_templates, fuse_views
 from actionclip.tokenizer import tokenize, words
-from actionclip.transforms import Preprocessing, normalize, views
+from actionclip.transforms import normalize, views
 from actionclip.video import DecodedVideo, Limits, Span, decode
 
 Video = str | os.PathLike[str] | Span
@@ -151,13 +149,7 @@ class VideoClassifier:
         self.workers = workers
         self.limits = limits or Limits()
         self.strict = strict
-        resolution = model.input_resolution
-        self.preprocessing = Preprocessing(
-            resolution,
-            resize=resolution * 256 // 224,
-            mean=model.pixel_mean,
-            std=model.pixel_std,
-        )
+        self.preprocessing = model.preprocessing
         prompts = class_prompts(templates, self.labels, raw_labels=raw_labels)
         self.text_embeddings = encode_prompts(model, prompts).unflatten(0, (len(templates), -1))
         if model.untrained:
@@ -239,31 +231,13 @@ class VideoClassifier:
     def _classify(self, videos: Iterable[Video | Tensor]) -> Iterator["_Outcome"]:
         """Decode ahead, gather views into batches, score, and keep the order."""
         pending: list[_Outcome] = []
-        for outcome in self._prepare_ahead(videos):
+        for outcome in map_ahead(self._prepare, videos, self.workers, "decode"):
             pending.append(outcome)
             ready = sum(len(o.views) for o in pending if o.views is not None)
             if ready == 0 or ready >= self.batch_size:
                 yield from self._score(pending)
                 pending = []
         yield from self._score(pending)
-
-    def _prepare_ahead(self, videos: Iterable[Video | Tensor]) -> Iterator["_Outcome"]:
-        if self.workers == 0:
-            yield from map(self._prepare, videos)
-            return
-        source = iter(videos)
-        executor = ThreadPoolExecutor(self.workers, thread_name_prefix="actionclip-decode")
-        waiting: deque[Future[_Outcome]] = deque()
-        try:
-            # Two videos a worker: one in hand, one done, so that none waits for the model.
-            while True:
-                room = 2 * self.workers - len(waiting)
-                waiting.extend(executor.submit(self._prepare, v) for v in islice(source, room))
-                if not waiting:
-                    return
-                yield waiting.popleft().result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self, video: Video | Tensor) -> "_Outcome":
         """Cut the views (V, T, 3, R, R) of one video, or note why it cannot be used."""

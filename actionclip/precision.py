@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION_NAMES = {dtype: name for name, dtype in PRECISIONS.items()}
 
 # As the Linux kernel names the instruction sets that multiply bf16: AMX, AVX-512, and Arm's.
 _CPU_BF16_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}

@@ -39,7 +39,7 @@ from actionclip.prompts import class_prompts
 from actionclip.recipe import Recipe, build_optimizer, prepare, rate_factor, set_train_mode
 from actionclip.runs import RunFolder
 from actionclip.tokenizer import words
-from actionclip.transforms import Preprocessing, normalize
+from actionclip.transforms import normalize
 
 Record = dict[str, Any]
 
@@ -180,7 +180,7 @@ class Trainer:
             train,
             recipe,
             model.num_frames,
-            Preprocessing(model.input_resolution, resize=model.input_resolution * 256 // 224),
+            model.preprocessing,
             model.config.clip.context_length,
         )
         self.optimizer = build_optimizer(recipe, self.groups)

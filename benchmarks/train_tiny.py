@@ -3,7 +3,7 @@
     python benchmarks/train_tiny.py FOLDER [--seed 0]
 
 Renders the clips into FOLDER, then runs the commands that it prints, each of which can be run by
-hand. About an hour and a half on two cores; run again, it goes on where it stopped. Writes
+hand. About an hour on two cores; run again, it goes on where it stopped. Writes
 benchmarks/results/tiny.json (commands, settings, accuracies) and tiny_metrics.jsonl (what the
 runs logged). The weights go to FOLDER/tiny.safetensors with their sha256 in the JSON; they
 become part of the package by hand: the file to actionclip/, the checksum to published.py.

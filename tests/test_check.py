@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from video_files import picture, write_video
 
+from actionclip.ahead import map_ahead
 from actionclip.cli import check
 from actionclip.cli.check import main
 from actionclip.video import Limits
@@ -155,7 +156,7 @@ def test_few_videos_are_under_way_at_a_time(clips):
             return check.Sample(str(clips / "golf" / "golf.mp4"), (0,))
 
     samples = Endless()
-    results = check.decode_all(samples, [], "", workers=2)
+    results = map_ahead(check.decode_one, samples, 2, "check")
     for _ in range(10):
         next(results)
     results.close()

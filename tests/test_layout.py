@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "actionclip"
 LEVELS = [
     ["errors"],
     [
+        "ahead",
         "distributed",
         "download",
         "fused_loss",

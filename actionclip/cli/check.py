@@ -3,19 +3,18 @@
 import argparse
 import os
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from tqdm import tqdm
 
+from actionclip.ahead import map_ahead
 from actionclip.annotations import Sample, describe
 from actionclip.classifier import VideoResult
 from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
-from actionclip.cli.report import WRITERS, open_output
+from actionclip.cli.report import WRITERS, open_output, refuse_to_overwrite
 from actionclip.errors import InputError, VideoError
 from actionclip.video import Limits, decode
 
@@ -73,7 +72,7 @@ def check(args: argparse.Namespace) -> ExitCode:
     """Decode every video of the list and report each that is not whole."""
     if args.workers < 1:
         raise InputError(f"--workers is {args.workers}, it must be at least 1")
-    refuse_to_overwrite(args)
+    refuse_to_overwrite(args.output, (args.data, args.labels))
     videos = options.read_data(args, args.data)
     for line in describe(videos):
         command.say(PROG, line)
@@ -82,7 +81,8 @@ def check(args: argparse.Namespace) -> ExitCode:
     hidden = not sys.stderr.isatty()
     with open_output(args.output) as file:
         writer = WRITERS[args.format](file, top_k=0)
-        results = decode_all(videos.samples, videos.missing, videos.root, args.workers)
+        decoded = map_ahead(decode_one, videos.samples, args.workers, "check")
+        results = chain(decoded, (report_missing(name, videos.root) for name in videos.missing))
         for result in tqdm(results, total=total, unit="video", disable=hidden, file=sys.stderr):
             counts["missing" if result.reason == "missing" else result.status] += 1
             with tqdm.external_write_mode(file=sys.stderr):
@@ -94,34 +94,9 @@ def check(args: argparse.Namespace) -> ExitCode:
     return ExitCode.DONE if counts["ok"] == total else ExitCode.SOME_FAILED
 
 
-def refuse_to_overwrite(args: argparse.Namespace) -> None:
-    """Refuse an output that is one of the inputs."""
-    if args.output is None or not os.path.exists(args.output):
-        return
-    for name in filter(None, (args.data, args.labels)):
-        if os.path.exists(name) and os.path.samefile(name, args.output):
-            raise InputError(f"--output {args.output} is also an input; name another file")
-
-
-def decode_all(
-    samples: Iterable[Sample], missing: Iterable[str], root: str, workers: int
-) -> Iterator[VideoResult]:
-    """Yield what decoding each sample gives, in order, then the missing ones."""
-    source = iter(samples)
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="actionclip-check")
-    waiting: deque[Future[VideoResult]] = deque()
-    try:
-        # Two videos a worker: one in hand, one done, so that a slow one holds up few.
-        while True:
-            room = 2 * workers - len(waiting)
-            waiting.extend(executor.submit(decode_one, s) for s in islice(source, room))
-            if not waiting:
-                break
-            yield waiting.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-    for name in missing:
-        yield VideoResult(name, "error", "missing", f"not in {root}; restore it or use --videos")
+def report_missing(name: str, root: str) -> VideoResult:
+    """Return the result of a video that a list names and nobody finds."""
+    return VideoResult(name, "error", "missing", f"not in {root}; restore it or use --videos")
 
 
 def decode_one(sample: Sample) -> VideoResult:

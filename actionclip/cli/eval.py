@@ -23,7 +23,7 @@ from actionclip.cli.plots import METRICS, draw_confusion
 from actionclip.cli.report import open_output
 from actionclip.errors import MissingExtraError, OutputError
 from actionclip.evaluate import Evaluation, evaluate
-from actionclip.precision import PRECISIONS
+from actionclip.precision import PRECISION_NAMES
 
 PROG = "actionclip-eval"
 
@@ -137,7 +137,6 @@ def describe(
 ) -> dict[str, Any]:
     """Return the numbers beside everything that they depend on, as the JSON object."""
     model = classifier.model
-    precisions = {dtype: name for name, dtype in PRECISIONS.items()}
     return {
         "metrics": evaluation.metrics,
         "videos": {
@@ -172,7 +171,7 @@ def describe(
             "templates": classifier.templates,
             "raw_labels": classifier.raw_labels,
             "scale": classifier.scale,
-            "precision": precisions[model.dtype],
+            "precision": PRECISION_NAMES[model.dtype],
             "device": str(model.device),
             "strict": classifier.strict,
         },

@@ -12,7 +12,7 @@ from actionclip.classifier import VideoClassifier
 from actionclip.errors import InputError
 from actionclip.labels import read_labels, read_templates
 from actionclip.models.actionclip import TEMPORAL
-from actionclip.precision import PRECISIONS, automatic_dtype
+from actionclip.precision import PRECISION_NAMES, PRECISIONS, automatic_dtype
 from actionclip.weights import load
 
 
@@ -108,13 +108,12 @@ def build_classifier(
 ) -> VideoClassifier:
     """Load the model and make the classifier that the options above ask for."""
     templates = None if args.templates is None else read_templates(args.templates)
-    dtype = automatic_dtype(device) if args.precision == "auto" else PRECISIONS[args.precision]
     model = load(
         args.model,
         temporal=args.temporal,
         num_frames=args.frames,
         device=device,
-        dtype=dtype,
+        dtype=PRECISIONS[pick_precision(args.precision, device)],
         activation=args.activation,
     )
     return VideoClassifier(
@@ -156,3 +155,8 @@ def pick_device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} cannot be used here ({reason}); try cpu") from error
     return device
+
+
+def pick_precision(name: str, device: torch.device) -> Any:
+    """Return the precision called `name`, the device's own for "auto"."""
+    return PRECISION_NAMES[automatic_dtype(device)] if name == "auto" else name

@@ -3,13 +3,14 @@
 import contextlib
 import csv
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from actionclip.classifier import VideoResult, top_labels
 from actionclip.cli.command import one_line
-from actionclip.errors import OutputError
+from actionclip.errors import InputError, OutputError
 
 BAR_WIDTH = 20
 # A full block and its left parts, an eighth at a time.
@@ -42,6 +43,19 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
         raise OutputError(
             f"cannot write the results to {name}: {error.strerror or error}"
         ) from error
+
+
+def refuse_to_overwrite(output: str | None, inputs: Iterable[str | None]) -> None:
+    """Refuse an output that is one of the inputs.
+
+    Raises:
+        InputError: if it is, under whichever name.
+    """
+    if output is None or not os.path.exists(output):
+        return
+    for name in filter(None, inputs):
+        if os.path.exists(name) and os.path.samefile(name, output):
+            raise InputError(f"--output {output} is also an input; name another file")
 
 
 def row(result: VideoResult, top_k: int) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from actionclip.cli.plots import draw_curves
 from actionclip.errors import InputError, MissingExtraError, TrainingError
 from actionclip.labels import read_templates
 from actionclip.models.actionclip import ActionCLIP
-from actionclip.precision import PRECISIONS, automatic_dtype
 from actionclip.recipe import ParameterGroup, Recipe
 from actionclip.runs import RunFolder
 from actionclip.train import SCORE, Record, Running, Trainer
@@ -345,10 +344,6 @@ def read_data(args: argparse.Namespace) -> tuple[VideoList, VideoList | None]:
 
 def build_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
     """Gather what decides the result, but for what depends on the model and the data."""
-    precision = args.precision
-    if precision == "auto":
-        dtype = automatic_dtype(device)
-        precision = next(name for name, kind in PRECISIONS.items() if kind == dtype)
     return Recipe(
         epochs=args.epochs,
         batch_size=args.batch_size,
@@ -366,7 +361,7 @@ def build_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
         lock_image=args.lock_image,
         lock_text=args.lock_text,
         frame_position_std=args.frame_position_std,
-        precision=precision,
+        precision=options.pick_precision(args.precision, device),
         raw_labels=args.raw_labels,
         augmentation=None if args.no_augmentation else build_augmentation(args),
         seed=args.seed,

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from actionclip.classifier import VideoResult
 from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
-from actionclip.cli.report import WRITERS, open_output
+from actionclip.cli.report import WRITERS, open_output, refuse_to_overwrite
 from actionclip.errors import InputError
 from actionclip.labels import read_labels
 from actionclip.video import find_videos
@@ -99,10 +99,7 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
 
 def refuse_mixed_up_files(args: argparse.Namespace) -> None:
     """Refuse an output that would overwrite an input, and videos that became labels."""
-    if args.output is not None and os.path.exists(args.output):
-        for name in (*args.videos, *args.labels, args.model):
-            if os.path.exists(name) and os.path.samefile(name, args.output):
-                raise InputError(f"--output {args.output} is also an input; name another file")
+    refuse_to_overwrite(args.output, (*args.videos, *args.labels, args.model))
     for label in args.labels:
         suffix = os.path.splitext(label)[1].lower()
         if suffix not in ("", ".txt", ".csv") and os.path.isfile(label):

@@ -27,7 +27,7 @@ from actionclip.models.temporal import (
 )
 from actionclip.prompts import TEMPLATES
 from actionclip.similarity import cosine_logits
-from actionclip.transforms import CLIP_MEAN, CLIP_STD
+from actionclip.transforms import CLIP_MEAN, CLIP_STD, Preprocessing
 
 HEADS = ("meanp", "conv1d", "lstm", "transf", "transf_cls")
 TEMPORAL = (*HEADS, "joint", "shift")
@@ -109,6 +109,12 @@ class ActionCLIP(nn.Module):
     def pixel_std(self) -> tuple[float, float, float]:
         """RGB standard deviation that normalises pixels in [0, 1]."""
         return self.config.pixel_std
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How frames become the pixels of an evaluation: resize, centre crop, mean and std."""
+        side = self.input_resolution
+        return Preprocessing(side, side * 256 // 224, mean=self.pixel_mean, std=self.pixel_std)
 
     @property
     def device(self) -> torch.device:

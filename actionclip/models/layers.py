@@ -108,7 +108,7 @@ class Transformer(nn.Module):
 
     Attributes:
         recompute: keep only the blocks' inputs for the backward pass and compute the rest
-            again there: a fifth more time for less memory (activation checkpointing).
+            again there: more time for less memory (activation checkpointing).
     """
 
     def __init__(

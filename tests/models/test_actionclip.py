@@ -1,5 +1,7 @@
 """The whole model: visual prompts in and before the encoder, and end to end."""
 
+from dataclasses import replace
+
 import filled
 import pytest
 import torch
@@ -7,6 +9,7 @@ from golden_files import clip_config, clip_state, load_golden
 
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig
 from actionclip.similarity import fuse_templates
+from actionclip.transforms import Preprocessing
 
 TAGS = {"tiny": "tiny_b2_t4", "ViT-B/32": "ViT-B-32_b2_t8"}
 
@@ -99,3 +102,10 @@ def test_wrong_shapes_are_named() -> None:
 def test_prompts_inside_a_transformer_refuse_a_resnet(temporal: str) -> None:
     with pytest.raises(ValueError, match=rf"'{temporal}' works inside a vision transformer"):
         build("tiny-rn", temporal)
+
+
+def test_preprocessing_is_that_of_the_evaluation() -> None:
+    """A short side of 256 for a crop of 224, and the configuration's own mean and std."""
+    clip = replace(clip_config("tiny"), image_resolution=224, vision_patch_size=56)
+    model = ActionCLIP(ActionCLIPConfig(clip, pixel_mean=(0.1, 0.2, 0.3), pixel_std=(1, 2, 3)))
+    assert model.preprocessing == Preprocessing(224, 256, (0.1, 0.2, 0.3), (1, 2, 3))

@@ -1,0 +1,45 @@
+"""Work on many items in threads, a few ahead of whoever takes the results.
+
+Between the list of videos and the model, so that neither decoding nor encoding waits for the
+other. Knows nothing of what the work is.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_ahead(
+    work: Callable[[Item], Result], items: Iterable[Item], workers: int, name: str
+) -> Generator[Result, None, None]:
+    """Do the same work on every item, and yield the results in the order of the items.
+
+    Closing the generator ends the threads; work that has begun is finished first.
+
+    Args:
+        work: called in a thread; what it raises is raised here, in its item's turn.
+        items: any number; at most two a worker are taken ahead of the results.
+        workers: threads; 0 works in turn, in the thread of the caller.
+        name: of the threads.
+    """
+    if workers == 0:
+        yield from map(work, items)
+        return
+    source = iter(items)
+    executor = ThreadPoolExecutor(workers, thread_name_prefix=f"actionclip-{name}")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        # Two items a worker: one in hand, one done, so that a slow one holds up few.
+        while True:
+            room = 2 * workers - len(waiting)
+            waiting.extend(executor.submit(work, item) for item in islice(source, room))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
