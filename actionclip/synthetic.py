@@ -282,7 +282,11 @@ def write_clip(path: str | os.PathLike[str], text: str, seed: Seed) -> None:
     """
     if Path(path).suffix.lower() not in (".mp4", ".mkv", ".mov", ".avi"):
         raise InputError(f"cannot write {str(path)!r}: end the name in .mp4")
-    frames = render(text, seed)
+    write_frames(path, render(text, seed))
+
+
+def write_frames(path: str | os.PathLike[str], frames: NDArray[np.uint8]) -> None:
+    """Encode frames (T, 3, SIDE, SIDE) uint8 RGB into an H.264 video file."""
     with av.open(str(path), "w") as output:
         # Slower presets track macroblocks ("mbtree"), and x264's bytes then vary from run to run.
         options = {"crf": "23", "preset": "superfast"}
