@@ -12,23 +12,52 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from actionclip.errors import InputError
 from actionclip.labels import read_text
-from actionclip.prompts import check_class_names, readable
+from actionclip.prompts import check_class_names, comparison_key
 from actionclip.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Span, by_number
 
 # The largest public lists (Kinetics-700, Something-Something) are below 50 MB.
 MAX_LIST_BYTES = 300_000_000
 # Longer "class names" come from a missing quote or a file of another kind.
 MAX_LABEL_LENGTH = 300
+
+
+@dataclass(frozen=True)
+class Action:
+    """One of the actions of a video that shows several, and when.
+
+    Attributes:
+        label: class index.
+        start_seconds: when it starts; None is the start of the video.
+        end_seconds: when it ends; None is the end of the video.
+    """
+
+    label: int
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+    def overlaps(self, other: "Action") -> bool:
+        """Tell whether the two share at least half of the shorter one."""
+        start, end = self._bounds
+        other_start, other_end = other._bounds
+        shared = min(end, other_end) - max(start, other_start)
+        return shared >= min(end - start, other_end - other_start) / 2
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        start, end = self.start_seconds, self.end_seconds
+        return -math.inf if start is None else start, math.inf if end is None else end
 
 
 @dataclass(frozen=True)
@@ -41,6 +70,8 @@ class Sample:
         start_seconds: where its span starts; None is the start of the video.
         end_seconds: where its span ends; None is the end of the video.
         name: the video as the list names it, the same wherever the files lie.
+        actions: when each label is shown, where the list says so (Charades). Training reads one
+            of them at a time, evaluation the video.
     """
 
     path: str
@@ -48,6 +79,13 @@ class Sample:
     start_seconds: float | None = None
     end_seconds: float | None = None
     name: str = ""
+    actions: tuple[Action, ...] = ()
+
+    def during(self, action: Action) -> "Sample":
+        """Return the span of one of the actions, with the labels of all that it overlaps."""
+        labels = {other.label for other in self.actions if action.overlaps(other)}
+        span = (action.start_seconds, action.end_seconds)
+        return Sample(self.path, tuple(sorted(labels)), *span, self.name)
 
 
 @dataclass(frozen=True)
@@ -60,8 +98,8 @@ class VideoList:
         class_names: K class names; a label is a position in it.
         samples: the videos that exist, in the order of the list.
         missing: the names of the others, as the list has them.
-        digest: sha256 of the class names and of every sample's name, labels and span, in the
-            order of the list, in hex. The folder of the videos is not part of it.
+        digest: sha256 of the class names and of every sample's name, labels, span and actions,
+            in the order of the list, in hex. The folder of the videos is not part of it.
         multi_label: whether a video can have several labels or none.
         root: the folder that relative paths start from.
         notes: a sentence on each thing that a user should know about the list.
@@ -204,6 +242,96 @@ def _rank(sample: Sample, class_name: str, seed: int) -> str:
     return _sha256([seed, class_name, video])
 
 
+def keep_classes(video_list: VideoList, class_names: Iterable[str]) -> VideoList:
+    """Leave out all classes but some, and the videos of the others.
+
+    Args:
+        video_list: any list.
+        class_names: the classes to keep, in any order; compared as in `read_video_list`.
+
+    Returns:
+        The list with these classes in its own order and spelling, its labels numbered anew,
+        with a digest of its own. Of several labels a video keeps those of these classes.
+
+    Raises:
+        InputError: if the list has no such class, or none of its videos has one.
+    """
+    position_of = {comparison_key(name): i for i, name in enumerate(video_list.class_names)}
+    wanted = {comparison_key(name): name for name in class_names}
+    if unknown := [repr(name) for key, name in wanted.items() if key not in position_of]:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        raise InputError(
+            f"{video_list.source}: has no class {', '.join(unknown[:3])}{more}; its "
+            f"{len(position_of)} classes are {video_list.class_names[0]!r}, ..."
+        )
+    kept = sorted(position_of[key] for key in wanted)
+    new_label = {old: new for new, old in enumerate(kept)}
+    samples = tuple(
+        _relabel(sample, new_label)
+        for sample in video_list.samples
+        if not new_label.keys().isdisjoint(sample.labels)
+    )
+    if not samples:
+        raise InputError(
+            f"{video_list.source}: has no videos of the {_count(len(kept), 'class', 'classes')} "
+            "to keep; check that these are the right ones"
+        )
+    names = tuple(video_list.class_names[position] for position in kept)
+    left_out = len(video_list.samples) - len(samples)
+    note = (
+        f"{len(kept)} of {_count(len(position_of), 'class', 'classes')} kept, "
+        f"{_count(left_out, 'video')} without any of them left out"
+    )
+    return replace(
+        video_list,
+        class_names=names,
+        samples=samples,
+        digest=_digest(names, samples),
+        notes=(*video_list.notes, note),
+    )
+
+
+def _relabel(sample: Sample, new_label: dict[int, int]) -> Sample:
+    """Number the labels of a sample anew, without those that have no new number."""
+    actions = tuple(
+        replace(action, label=new_label[action.label])
+        for action in sample.actions
+        if action.label in new_label
+    )
+    labels = tuple(new_label[label] for label in sample.labels if label in new_label)
+    return replace(sample, labels=labels, actions=actions)
+
+
+def base_classes(video_list: VideoList) -> tuple[str, ...]:
+    """Return the half of the classes that has most videos, in their order.
+
+    Of two classes with as many videos the first is taken, of an odd number of classes the
+    larger half. The others are the novel classes.
+
+    Source: ViFi-CLIP (arXiv:2212.03640), base-to-novel setting.
+    """
+    counts = Counter(label for sample in video_list.samples for label in sample.labels)
+    positions = range(len(video_list.class_names))
+    most = sorted(positions, key=lambda label: -counts[label])[: (len(positions) + 1) // 2]
+    return tuple(video_list.class_names[position] for position in sorted(most))
+
+
+def whole_videos(video_list: VideoList) -> VideoList:
+    """Forget when actions happen, so that training sees whole videos with all their labels.
+
+    Raises:
+        InputError: if the list does not say when.
+    """
+    if not any(sample.actions for sample in video_list.samples):
+        raise InputError(
+            f"{video_list.source}: does not say when actions happen ({video_list.layout}), so "
+            "whole videos are used anyway; leave out --whole-videos"
+        )
+    samples = tuple(replace(sample, actions=()) for sample in video_list.samples)
+    digest = _digest(video_list.class_names, samples)
+    return replace(video_list, samples=samples, digest=digest)
+
+
 def describe(video_list: VideoList) -> list[str]:
     """Return the lines with which a command says what it takes the data for."""
     names = video_list.class_names
@@ -215,9 +343,19 @@ def describe(video_list: VideoList) -> list[str]:
         f"{video_list.source}: {video_list.layout}",
         f"{_count(len(names), 'class', 'classes')}: {shown}",
         found,
+        *_describe_actions(video_list),
         *video_list.notes,
         f"hash {video_list.digest[:16]}",
     ]
+
+
+def _describe_actions(video_list: VideoList) -> list[str]:
+    actions = [action for sample in video_list.samples for action in sample.actions]
+    timed = sum(action.start_seconds is not None for action in actions)
+    lines = [f"{_count(timed, 'action')} with times, used in training"] if timed else []
+    if rest := len(actions) - timed:
+        lines.append(f"{_count(rest, 'action')} with times that are no span, taken as the whole")
+    return lines
 
 
 # What every layout is read into
@@ -235,6 +373,7 @@ class _Row(NamedTuple):
         start_seconds: see `Sample`.
         end_seconds: see `Sample`.
         num_frames: images that its folder should hold.
+        actions: see `Sample`; their labels are indices.
     """
 
     where: str
@@ -245,6 +384,7 @@ class _Row(NamedTuple):
     start_seconds: float | None = None
     end_seconds: float | None = None
     num_frames: int | None = None
+    actions: tuple[Action, ...] = ()
 
 
 @dataclass
@@ -710,20 +850,27 @@ def _read_kinetics(source: str, records: Iterable[_Record]) -> _Listing:
 
 
 def _read_charades(source: str, records: Iterable[_Record]) -> _Listing:
-    """Read a list of Charades: whole videos with all their actions."""
+    """Read a list of Charades: videos with all their actions."""
     rows = []
     for where, record in records:
-        codes = [action.split(" ")[0] for action in record["actions"].split(";") if action]
-        if wrong := [code for code in codes if not re.fullmatch(r"c\d{3}", code)]:
-            raise _at(
-                source, where, f"has action {_short(wrong[0])}; Charades has 'c092 11.9 21.2'"
-            )
-        labels = tuple(str(int(code[1:])) for code in codes)
+        texts = filter(None, record["actions"].split(";"))
+        actions = tuple(_charades_action(source, where, text) for text in texts)
+        labels = tuple(str(action.label) for action in actions)
         name = record["id"]
-        rows.append(_Row(where, f"{name}.mp4", labels, *_place(name)))
+        rows.append(_Row(where, f"{name}.mp4", labels, *_place(name), actions=actions))
     names = _numbered_names(os.path.join(os.path.dirname(source), "Charades_v1_classes.txt"))
     roots = _near(source, "Charades_v1_480", "Charades_v1", "Charades_v1_rgb")
     return _Listing(source, "Charades csv", rows, roots, names, is_multi_label=True)
+
+
+def _charades_action(source: str, where: str, text: str) -> Action:
+    number = r"(-?\d+(?:\.\d*)?)"
+    match = re.fullmatch(rf"c(\d{{3}}) {number} {number}", text)
+    if match is None:
+        raise _at(source, where, f"has action {_short(text)}; Charades has 'c092 11.9 21.2'")
+    label, start, end = int(match[1]), float(match[2]), float(match[3])
+    # Where times make no span, that the video shows the action is all they say.
+    return Action(label, start, end) if 0 <= start < end else Action(label)
 
 
 def _read_something(source: str, records: Iterable[_Record]) -> _Listing:
@@ -775,8 +922,10 @@ def _read_something_v1(source: str, records: Iterable[tuple[str, list[str]]]) ->
 def _class_names(listing: _Listing, given: Sequence[str] | None) -> list[str]:
     if given is not None:
         names = check_class_names(given)
-        keys = {_key(name) for name in names}
-        if listing.has_names and any(_key(x) in keys for row in listing.rows for x in row.labels):
+        keys = {comparison_key(name) for name in names}
+        if listing.has_names and any(
+            comparison_key(x) in keys for row in listing.rows for x in row.labels
+        ):
             return names  # numbers, if there are any, are a part of the names
         return check_class_names(_without_numbers(names))
     if listing.class_names is not None:
@@ -803,23 +952,18 @@ def _class_indices(listing: _Listing, names: Sequence[str]) -> list[tuple[int, .
         index_of = {str(index): index for index in range(len(names))}
         remedy = f"use 0 to {len(names) - 1}"
     else:
-        index_of = {_key(name): index for index, name in enumerate(names)}
+        index_of = {comparison_key(name): index for index, name in enumerate(names)}
         remedy = f"it is not one of the {len(names)} classes ({names[0]}, ...)"
     known: dict[tuple[str, ...], tuple[int, ...]] = {}
     indices = []
     for row in listing.rows:
         if row.labels not in known:
-            keys = [label if label in index_of else _key(label) for label in row.labels]
+            keys = [label if label in index_of else comparison_key(label) for label in row.labels]
             if wrong := [x for x, key in zip(row.labels, keys, strict=True) if key not in index_of]:
                 raise _at(listing.source, row.where, f"has label {_short(wrong[0])}; {remedy}")
             known[row.labels] = tuple(sorted({index_of[key] for key in keys}))
         indices.append(known[row.labels])
     return indices
-
-
-def _key(name: str) -> str:
-    """Return what two names share that `check_class_names` takes for the same."""
-    return " ".join(readable(name).casefold().split())
 
 
 # Files
@@ -931,14 +1075,21 @@ def _samples(
 ) -> tuple[Sample, ...]:
     """Return the samples that exist, each once."""
     samples: dict[Sample, None] = {}
-    repeated = 0
+    repeated = num_folders = 0
     for row, own, path in zip(listing.rows, labels, paths, strict=True):
         if path is not None:
-            sample = Sample(path, own, row.start_seconds, row.end_seconds, row.name)
+            span = (row.start_seconds, row.end_seconds)
+            actions = row.actions
+            if actions and os.path.isdir(path):
+                actions, num_folders = (), num_folders + 1
+            sample = Sample(path, own, *span, row.name, actions)
             repeated += sample in samples
             samples[sample] = None
     if repeated:
         notes.append(f"{_count(repeated, 'repeated line')}, each video and label is used once")
+    if num_folders:
+        frames = _count(num_folders, "folder")
+        notes.append(f"{frames} of frames, which have no times, used in training as a whole")
     spans = {(sample.name, sample.start_seconds, sample.end_seconds) for sample in samples}
     if len(spans) < len(samples):
         notes.append(f"{_count(len(samples) - len(spans), 'video')} listed again with other labels")
@@ -946,7 +1097,10 @@ def _samples(
 
 
 def _digest(class_names: Sequence[str], samples: Sequence[Sample]) -> str:
-    rows = [(s.name or s.path, s.labels, s.start_seconds, s.end_seconds) for s in samples]
+    rows: list[tuple[object, ...]] = []
+    for s in samples:
+        row = (s.name or s.path, s.labels, s.start_seconds, s.end_seconds)
+        rows.append((*row, [astuple(action) for action in s.actions]) if s.actions else row)
     return _sha256([class_names, rows])
 
 

@@ -38,7 +38,8 @@ class Fault:
 
     Attributes:
         path: the video.
-        reason: that of `VideoError`, or "damaged" for one that was used in part.
+        reason: that of `VideoError`, or "damaged" for one that was used in part, or as a whole
+            because it ends before the action that was drawn.
         message: one sentence for people.
         replaced: whether another video stands in its place.
         epoch: in which it was drawn.
@@ -96,7 +97,8 @@ class TrainingClips(Dataset[Batch]):
     """Training samples by (epoch, position in the list).
 
     Args:
-        videos: the list; samples without a label are left out.
+        videos: the list; samples without a label are left out. Of one with actions, one action is
+            drawn each time, with the labels of those that it overlaps.
         recipe: templates, augmentation, seed.
         num_frames: T.
         preprocessing: what cuts the frames if the recipe does not augment.
@@ -143,13 +145,16 @@ class TrainingClips(Dataset[Batch]):
             generator = np.random.Generator(np.random.PCG64(seed))
             fault = partial(Fault, sample.path, epoch=epoch, index=position)
             try:
-                frames, damage = self._read(sample, generator)
+                if sample.actions:
+                    sample, class_index, frames, damage = self._read_action(sample, generator)
+                else:
+                    frames, damage = self._read(sample, generator)
+                    class_index = sample.labels[generator.integers(len(sample.labels))]
             except VideoError as error:
                 faults.append(fault(error.reason, error.message, replaced=True))
                 continue
             if damage:
                 faults.append(fault("damaged", damage, replaced=False))
-            class_index = sample.labels[generator.integers(len(sample.labels))]
             template = int(generator.integers(len(self.recipe.templates)))
             tokens = self.tokens[template * self.num_classes + class_index]
             labels = self._labels(sample)
@@ -158,6 +163,26 @@ class TrainingClips(Dataset[Batch]):
         frames = torch.zeros(1, self.num_frames, 3, side, side, dtype=torch.uint8)
         labels = self._labels(sample)
         return Batch(frames, self.tokens[:1], labels[None], [sample.path], faults, exhausted=True)
+
+    def _read_action(
+        self, sample: Sample, generator: np.random.Generator
+    ) -> tuple[Sample, int, Tensor, str]:
+        """Draw one of a video's actions and read it.
+
+        Returns:
+            What was read, the class index of the action, and as `_read`.
+        """
+        action = sample.actions[generator.integers(len(sample.actions))]
+        part = sample.during(action)
+        try:
+            return part, action.label, *self._read(part, generator)
+        except VideoError as error:
+            # Some lists have actions after the end of a video.
+            if error.reason not in ("no-frames", "no-times"):
+                raise
+            frames, damage = self._read(sample, generator)
+            message = "; ".join(filter(None, [error.message, "the whole video was used", damage]))
+            return sample, action.label, frames, message
 
     def _read(self, sample: Sample, generator: np.random.Generator) -> tuple[Tensor, str]:
         """Decode a random frame of each segment and vary them: (T, 3, R, R) uint8, and damage."""

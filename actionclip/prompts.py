@@ -83,6 +83,11 @@ def readable(name: str) -> str:
     return " ".join(words) or name
 
 
+def comparison_key(name: str) -> str:
+    """Return what class names share that differ only in case, underscores and spacing."""
+    return " ".join(readable(name).casefold().split())
+
+
 def check_class_names(names: Iterable[str]) -> list[str]:
     """Return the class names as a list, unchanged, after checking them.
 
@@ -103,7 +108,7 @@ def check_class_names(names: Iterable[str]) -> list[str]:
             raise InputError(f"class name {i} ({name!r}) is not valid text; use a UTF-8 locale")
         if not name.strip():
             raise InputError(f"class name {i} is blank ({name!r}); remove it or write a name")
-        key = " ".join(readable(name).casefold().split())
+        key = comparison_key(name)
         if key in seen:
             raise InputError(
                 f"class names {seen[key]!r} and {name!r} read the same; keep one of them"

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from actionclip import annotations
-from actionclip.annotations import Sample, VideoList, describe, few_shot, read_video_list
+from actionclip.annotations import (
+    Action,
+    Sample,
+    VideoList,
+    base_classes,
+    describe,
+    few_shot,
+    keep_classes,
+    read_video_list,
+    whole_videos,
+)
 from actionclip.errors import InputError
 
 
@@ -532,11 +542,115 @@ def test_charades():
     with pytest.raises(InputError, match=r"line 3 has label '2'; use 0 to 1"):
         read_video_list("Charades_v1_test.csv", class_names=given[:2])
     write("Charades_v1_test.csv", "id,actions\nYSKX3,c2 1 2\n")
-    with pytest.raises(InputError, match=r"line 2 has action 'c2'; Charades has 'c092 11.9 21.2'"):
+    message = r"line 2 has action 'c2 1 2'; Charades has 'c092 11.9 21.2'"
+    with pytest.raises(InputError, match=message):
         read_video_list("Charades_v1_test.csv", class_names=given)
 
 
 # Files
+
+
+def write_charades(actions: str = "c002 11.90 21.20;c000 0.00 12.60;c001 4 4;c001 9 2"):
+    write("Charades_v1_classes.txt", "c000 Hold\nc001 Put\nc002 Run\n")
+    write("train.csv", f"id,actions,length\nYSKX3,{actions},31.0\nAAAAA,,30\n")
+
+
+def test_charades_says_when_its_actions_are_shown():
+    touch("Charades_v1_480/YSKX3.mp4", "Charades_v1_480/AAAAA.mp4")
+    write_charades()
+    videos = read_video_list("train.csv")
+    first, second = videos.samples
+    # Times that make no span leave the whole video.
+    whole = Action(1, None, None)
+    assert first.actions == (Action(2, 11.9, 21.2), Action(0, 0.0, 12.6), whole, whole)
+    assert (first.start_seconds, first.end_seconds, first.labels) == (None, None, (0, 1, 2))
+    assert second.actions == ()
+    assert describe(videos)[3:5] == [
+        "2 actions with times, used in training",
+        "2 actions with times that are no span, taken as the whole",
+    ]
+    assert describe(few_shot(videos, 1, 0))[3:5] == describe(videos)[3:5]
+    digests = {videos.digest}
+    for actions in (
+        "c002 11.90 21.30;c000 0.00 12.60;c001 4 4;c001 9 2",
+        "c002 11.90 21.20;c000 0.10 12.60;c001 4 4;c001 9 2",
+        "c000 11.90 21.20;c002 0.00 12.60;c001 4 4;c001 9 2",
+    ):
+        write_charades(actions)
+        other = read_video_list("train.csv")
+        assert [sample.labels for sample in other.samples] == [(0, 1, 2), ()]
+        digests.add(other.digest)
+    assert len(digests) == 4
+    for wrong in (
+        "c002 11.90",
+        "c002 a b",
+        "c002 1.2.3 5",
+        "c002 nan 5",
+        "c0021 1 2",
+        "c002 1 2 3",
+    ):
+        write_charades(wrong)
+        with pytest.raises(InputError, match=rf"line 2 has action '{wrong}'; Charades has 'c092"):
+            read_video_list("train.csv")
+    write_charades("c002 -1 2")
+    assert read_video_list("train.csv").samples[0].actions == (Action(2),)
+
+
+def test_whole_videos_have_all_their_labels_at_any_time():
+    touch("Charades_v1_480/YSKX3.mp4", "Charades_v1_480/AAAAA.mp4")
+    write_charades()
+    videos = read_video_list("train.csv")
+    whole = whole_videos(videos)
+    assert [sample.actions for sample in whole.samples] == [(), ()]
+    assert [s.labels for s in whole.samples] == [s.labels for s in videos.samples]
+    write("plain.csv", "path,labels\nCharades_v1_480/YSKX3.mp4,Hold;Put;Run\n")
+    assert whole.digest != videos.digest
+    assert not any("times" in line for line in describe(whole))
+    with pytest.raises(InputError, match=r"plain\.csv: does not say when .* --whole-videos"):
+        whole_videos(read_video_list("plain.csv"))
+
+
+def test_folders_of_frames_have_no_times():
+    touch("Charades_v1_rgb/YSKX3/YSKX3-000001.jpg", "Charades_v1_rgb/AAAAA/AAAAA-000001.jpg")
+    write_charades()
+    videos = read_video_list("train.csv")
+    assert [(sample.labels, sample.actions) for sample in videos.samples] == [
+        ((0, 1, 2), ()),
+        ((), ()),
+    ]
+    assert videos.notes == ("1 folder of frames, which have no times, used in training as a whole",)
+    assert not any("actions" in line for line in describe(videos))
+
+
+def test_kept_classes_keep_their_actions():
+    touch("Charades_v1_480/YSKX3.mp4", "Charades_v1_480/AAAAA.mp4")
+    write_charades()
+    (sample,) = keep_classes(read_video_list("train.csv"), ["Run", "Put"]).samples
+    assert sample.labels == (0, 1)
+    assert sample.actions == (Action(1, 11.9, 21.2), Action(0), Action(0))
+
+
+def test_what_a_part_of_a_video_shows():
+    sample = Sample(
+        "a.mp4",
+        (0, 1, 2, 3, 4, 5),
+        name="a",
+        actions=(
+            Action(0, 10.0, 20.0),
+            Action(1, 15.0, 30.0),  # shares half of the shorter, the first
+            Action(2, 15.1, 30.0),  # a little less
+            Action(3, 8.0, 12.0),  # half of its own 4 seconds
+            Action(4, 0.0, 10.0),  # ends where the first begins
+            Action(5, None, None),
+        ),
+    )
+    first, *_, last = sample.actions
+    assert sample.during(first) == Sample("a.mp4", (0, 1, 3, 5), 10.0, 20.0, "a")
+    assert sample.during(last) == Sample("a.mp4", (0, 1, 2, 3, 4, 5), None, None, "a")
+    assert sample.during(sample.actions[4]).labels == (3, 4, 5)
+    for one in sample.actions:
+        for other in sample.actions:
+            assert one.overlaps(other) == other.overlaps(one)
 
 
 def test_missing_files_are_listed_in_order():
@@ -617,7 +731,8 @@ def test_the_digest_tells_lists_apart():
     ]
     assert set(same) == {base}
     assert len({base, *other}) == 1 + len(other)
-    assert len(base) == 64
+    # Runs record it, so it must not change.
+    assert base == "c8fdc07c730f0e2e0ef8f3c96d1533d5cbd6f1daa5f878ac52024cdefced8aa9"
 
 
 # Few shots
@@ -685,6 +800,63 @@ def test_few_shots_that_cannot_be_drawn():
         few_shot(class_list({"a": 3}), 0, seed=0)
     with pytest.raises(InputError, match=r"data: class 'b' has no videos to draw 2 shots from"):
         few_shot(class_list({"a": 3, "b": 0}), 2, seed=0)
+
+
+# Some classes
+
+
+def test_some_classes_are_kept_in_their_order():
+    full = class_list({"BrushHair": 2, "b": 3, "c d": 1, "e": 1})
+    some = keep_classes(full, ["C_D", "brush hair", "brush_hair"])
+    assert some.class_names == ("BrushHair", "c d")
+    assert [(s.name, s.labels) for s in some.samples] == [
+        ("c d/0.mp4", (1,)),
+        ("BrushHair/1.mp4", (0,)),
+        ("BrushHair/0.mp4", (0,)),
+    ]
+    assert some.notes == ("2 of 4 classes kept, 4 videos without any of them left out",)
+    alone = class_list({"BrushHair": 2, "c d": 1})
+    assert some.digest == keep_classes(alone, alone.class_names).digest != full.digest
+    assert keep_classes(full, full.class_names).samples == full.samples
+    assert full == class_list({"BrushHair": 2, "b": 3, "c d": 1, "e": 1})
+    assert len(few_shot(some, 1, seed=0).samples) == 2
+
+
+def test_some_of_several_labels_are_kept():
+    samples = tuple(
+        Sample(f"{i}.mp4", labels, name=f"{i}.mp4")
+        for i, labels in enumerate([(0, 1, 3), (2,), (), (1,), (0, 2)])
+    )
+    actions = (Action(3, 1, 2), Action(0, 0, 9), Action(1))
+    samples = (replace(samples[0], actions=actions), *samples[1:])
+    full = VideoList("data", "a test", ("a", "b", "c", "d"), samples, (), "", True)
+    some = keep_classes(full, ("b", "d"))
+    assert [(s.name, s.labels) for s in some.samples] == [("0.mp4", (0, 1)), ("3.mp4", (0,))]
+    assert some.samples[0].actions == (Action(1, 1, 2), Action(0))
+    assert some.multi_label
+    assert base_classes(full) == ("a", "b")  # two videos each, as c has
+
+
+def test_classes_that_cannot_be_kept():
+    full = class_list({"a": 3, "b": 0})
+    message = r"^data: has no class 'c', 'd', 'e' and 2 more; its 2 classes are 'a', \.\.\.$"
+    with pytest.raises(InputError, match=message):
+        keep_classes(full, ["a", "c", "d", "e", "f", "g"])
+    with pytest.raises(InputError, match=r"^data: has no videos of the 1 class to keep; check"):
+        keep_classes(full, ["b"])
+
+
+@pytest.mark.parametrize(
+    ("counts", "base"),
+    [
+        ({"a": 1, "b": 3, "c": 2, "d": 3}, "bd"),
+        ({"a": 1, "b": 3, "c": 1, "d": 0}, "ab"),
+        ({"a": 1, "b": 3, "c": 2, "d": 5, "e": 0}, "bcd"),
+        ({"a": 4}, "a"),
+    ],
+)
+def test_base_classes(counts, base):
+    assert base_classes(class_list(counts)) == tuple(base)
 
 
 def test_the_description():

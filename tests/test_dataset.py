@@ -5,12 +5,14 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from video_files import write_video
 
-from actionclip.annotations import Sample, VideoList
+from actionclip.annotations import Sample, VideoList, read_video_list
 from actionclip.augment import Augmentation
 from actionclip.dataset import (
     MOST_TRIES,
@@ -121,6 +123,88 @@ def test_a_span_is_all_there_is(folder: Path) -> None:
         for frame in clips[epoch, 0].frames[0]:
             (position,) = [i for i in range(24) if torch.equal(every[i], frame)]
             assert 5 <= position < 10
+
+
+COLOURS = np.eye(3, dtype=np.uint8) * 255
+
+
+def charades(folder: Path, actions: str) -> VideoList:
+    """Write a list in the form of Charades of one video: 1 second red, 1 green, 1 blue."""
+    path = folder / "Charades_v1_480" / "YSKX3.mp4"
+    if not path.exists():
+        path.parent.mkdir()
+        with av.open(str(path), "w") as output:
+            stream = output.add_stream("libx264", rate=24)
+            stream.width = stream.height = 32
+            for i in range(72):
+                pixels = np.full((32, 32, 3), COLOURS[i // 24], np.uint8)
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+            output.mux(stream.encode(None))
+    (folder / "train.csv").write_text(f"id,actions\nYSKX3,{actions}\n")
+    return read_video_list(folder / "train.csv", class_names=CLASSES)
+
+
+def seen(batch: Batch) -> tuple[set[int], str, list[int]]:
+    """Return the colours of the frames, the sentence and the labels of a sample."""
+    colours = set(batch.frames[0].amax((2, 3)).argmax(1).tolist())
+    return colours, sentence(batch.tokens[0]), batch.labels[0].nonzero()[:, 0].tolist()
+
+
+def test_an_action_is_read_when_it_is_shown(tmp_path: Path) -> None:
+    clips = build(charades(tmp_path, "c000 0.0 1.0;c001 1.0 2.0;c002 1.5 2.9"))
+    drawn = [seen(clips[epoch, 0]) for epoch in range(60)]
+    every = {said: (colours, labels) for colours, said, labels in drawn}
+    assert every == {
+        "archery": ({0}, [0]),
+        "Brush Hair": ({1}, [1, 2]),
+        "tai chi": ({1, 2}, [1, 2]),
+    }
+    # Each of them a third of the times, within 4 standard deviations.
+    for said in every:
+        assert 5 < [said for _, said, _ in drawn].count(said) < 35
+    assert not any(clips[epoch, 0].faults for epoch in range(10))
+    for epoch in range(5):
+        assert_same(clips[epoch, 0], clips[epoch, 0])
+
+
+@pytest.mark.parametrize("span", ["5.0 9.0", "1.01 1.02"])
+def test_an_action_without_frames_leaves_the_whole_video(tmp_path: Path, span: str) -> None:
+    clips = build(charades(tmp_path, f"c000 0.0 1.0;c001 {span}"), num_frames=6)
+    batches = [clips[epoch, 0] for epoch in range(20)]
+    late = [batch for batch in batches if seen(batch)[1] == "Brush Hair"]
+    assert 0 < len(late) < 20
+    for batch in late:
+        assert seen(batch) == ({0, 1, 2}, "Brush Hair", [0, 1])
+        (fault,) = batch.faults
+        assert (fault.reason, fault.replaced) == ("damaged", False)
+        assert fault.message.startswith("no frame is shown from ")
+        assert fault.message.endswith("; the whole video was used")
+    assert not any(batch.faults for batch in batches if seen(batch)[1] == "archery")
+
+
+def test_an_action_without_a_span_is_the_whole_video(tmp_path: Path) -> None:
+    clips = build(charades(tmp_path, "c000 0.0 1.0;c001 2.0 1.0"), num_frames=6)
+    every = {
+        said: (colours, labels)
+        for colours, said, labels in map(seen, (clips[i, 0] for i in range(20)))
+    }
+    assert every == {"archery": ({0}, [0, 1]), "Brush Hair": ({0, 1, 2}, [0, 1])}
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("text.mp4", "not-a-video"), ("damaged.mkv", "damaged")],  # cut short before the action
+)
+def test_a_broken_video_with_actions_is_replaced(
+    tmp_path: Path, folder: Path, name: str, reason: str
+) -> None:
+    videos = charades(tmp_path, "c000 2.0 2.4")
+    broken = replace(videos.samples[0], path=str(folder / name))
+    clips = build(replace(videos, samples=(broken, *videos.samples)))
+    batch = clips[0, 0]
+    assert batch.paths == [videos.samples[0].path]
+    (fault,) = batch.faults
+    assert (fault.path, fault.reason, fault.replaced) == (broken.path, reason, True)
 
 
 def test_a_sample_is_the_same_whatever_was_read_before(folder: Path) -> None:
