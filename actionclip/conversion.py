@@ -8,7 +8,7 @@ says about time and activation. Works on names and shapes alone; reads no files.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_args
 
 import torch
@@ -61,6 +61,7 @@ class Checkpoint:
         config: the whole configuration, in our own files.
         untrained: weights that were initialised and never trained, in our own files.
         lacks_token_embedding: ViFi-CLIP leaves this frozen table of OpenAI's out.
+        linear: tensors of a linear classifier, in our own files.
     """
 
     clip: State
@@ -73,11 +74,14 @@ class Checkpoint:
     config: ActionCLIPConfig | None = None
     untrained: tuple[str, ...] = ()
     lacks_token_embedding: bool = False
+    linear: State = field(default_factory=dict)
 
     def forget_head(self) -> None:
-        """Drop the visual prompt, so that another one can take its place."""
-        self.temporal, self.head = None, {}
+        """Drop the visual prompt and a linear classifier, so that others can take their place."""
+        self.temporal, self.head, self.linear = None, {}, {}
         self.clip.pop("visual.time_embedding", None)
+        if self.config is not None:
+            self.config = replace(self.config, class_names=None)
 
 
 def convert(
@@ -205,7 +209,7 @@ def config_from_json(text: str) -> ActionCLIPConfig:
         clip = dict(values.pop("clip"))
         if isinstance(clip["vision_layers"], list):
             clip["vision_layers"] = tuple(clip["vision_layers"])
-        for name in ("pixel_mean", "pixel_std", "templates", "vocabulary"):
+        for name in ("pixel_mean", "pixel_std", "templates", "vocabulary", "class_names"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
         return ActionCLIPConfig(clip=CLIPConfig(**clip), **values)
@@ -224,6 +228,7 @@ def _from_own(state: State, stored: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(
         clip=clip,
         head=_below(state, "temporal."),
+        linear=_below(state, "linear."),
         temporal=parsed.temporal,
         num_frames=parsed.num_frames,
         activation=parsed.clip.activation,

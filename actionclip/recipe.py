@@ -54,6 +54,8 @@ class Recipe:
             blocks (of a ResNet: stages) and what follows them.
         lock_text: likewise for the text encoder.
         frame_position_std: of a new `transf` head's frame positions; None is 0.02, as in CLIP.
+        average_from: epoch, counted from 1, from which on the weights after each one are
+            averaged, beside the training; None averages none.
         precision: in which the encoders multiply. Weights are always fp32.
         templates: sentences with `{}` for the class name; each video draws one.
         raw_labels: fill class names in as they are, see `VideoClassifier`.
@@ -78,6 +80,7 @@ class Recipe:
     lock_image: int | None = None
     lock_text: int | None = None
     frame_position_std: float | None = None
+    average_from: int | None = None
     precision: Precision = "fp32"
     templates: tuple[str, ...] = TEMPLATES["actionclip"]
     raw_labels: bool = False
@@ -108,6 +111,11 @@ class Recipe:
                 raise InputError(f"{name} is {value}; use a positive number")
         if not 0 <= self.drop_path < 1:
             raise InputError(f"drop_path is {self.drop_path}; use a probability below 1")
+        if self.average_from is not None and not 1 <= self.average_from <= self.epochs:
+            raise InputError(
+                f"average_from is {self.average_from} of {self.epochs} epochs; use 1 to "
+                f"{self.epochs}"
+            )
         for name, kind in (("schedule", Schedule), ("target", Target), ("precision", Precision)):
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
@@ -233,7 +241,7 @@ def set_train_mode(model: nn.Module) -> None:
 def _group(name: str) -> str:
     if name.startswith("clip.visual."):
         return "visual"
-    return "head" if name.startswith("temporal.") else "text"
+    return "head" if name.startswith(("temporal.", "linear.")) else "text"
 
 
 def _set_drop_path(model: ActionCLIP, drop_path: float) -> None:
@@ -267,6 +275,10 @@ def _lock(model: ActionCLIP, recipe: Recipe) -> None:
         clip.text_projection.requires_grad_(False)
         text_blocks = list(clip.transformer.resblocks)
         _unlock(text_blocks, [clip.ln_final, clip.text_projection], recipe.lock_text, "lock_text")
+    if model.linear is not None:
+        for name, parameter in model.named_parameters():
+            if _group(name) == "text":
+                parameter.requires_grad_(False)
 
 
 def _unlock(blocks: list[nn.Module], last: list[nn.Module | Tensor], count: int, name: str) -> None:

@@ -1,18 +1,23 @@
 """The files of a training run: its settings, what it logged, its latest state.
 
-    config.json        every setting, resolved, with versions and the data's counts and hash
-    metrics.jsonl      a line for each logged step and each evaluation
-    bad_samples.jsonl  a line for each video that could not be used as it should
-    last.pt            all that the run needs to go on exactly
-    best.safetensors   weights and configuration of the best epoch, for `load`
+    config.json          every setting, resolved, with versions and the data's counts and hash
+    labels.txt           the class names in order, for `--labels`; labels.csv if one of them
+                         holds what would end a line
+    metrics.jsonl        a line for each logged step and each evaluation
+    bad_samples.jsonl    a line for each video that could not be used as it should
+    last.pt              all that the run needs to go on exactly
+    best.safetensors     weights and configuration of the best epoch, for `load`
+    average.safetensors  likewise of the mean over several epochs, if that is wanted
 
 Writes what the loop hands over, and reads it back. After a crash, lines that the latest state
 does not know are cut off, so that each stands once. One process of a run has these files.
 """
 
+import csv
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,6 +31,7 @@ from actionclip.tensor_files import read_file, write_atomically
 from actionclip.weights import save
 
 LOGS = ("metrics", "bad_samples")
+LABELS = ("labels.txt", "labels.csv")
 
 
 class RunFolder:
@@ -49,34 +55,40 @@ class RunFolder:
     def best(self) -> Path:
         return self.path / "best.safetensors"
 
+    @property
+    def average(self) -> Path:
+        return self.path / "average.safetensors"
+
     def log_file(self, name: str) -> Path:
         """Return the path of one of `LOGS`."""
         return self.path / f"{name}.jsonl"
 
     def check_free(self) -> None:
-        """Refuse a folder that holds a run, or settings of something else.
+        """Refuse a folder that holds a run, or settings or labels of something else.
 
         Raises:
             InputError: if it does.
         """
-        config = self.path / "config.json"
-        if config.exists() and not self.log_file("metrics").exists():
-            raise InputError(f"{config} is not that of a run; name another folder")
+        for name in ("config.json", *LABELS):
+            path = self.path / name
+            if path.exists() and not self.log_file("metrics").exists():
+                raise InputError(f"{path} is not that of a run; name another folder")
         if self.last.exists():
             raise InputError(
                 f"{self.path} holds a run; go on with --resume latest, or name another folder"
             )
 
-    def start(self, config: Mapping[str, Any]) -> None:
+    def start(self, config: Mapping[str, Any], class_names: Sequence[str]) -> None:
         """Begin a new run, or again one that was stopped before it saved anything."""
         with _as_output_error(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._remove_partial_files()
             for name in LOGS:
                 self.log_file(name).write_bytes(b"")
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        content = text.encode("utf-8", "replace")
-        write_atomically(self.path / "config.json", lambda file: file.write(content))
+            for name in LABELS:
+                (self.path / name).unlink(missing_ok=True)
+        self._write("config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        self._write(*_label_file(class_names))
 
     def log(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a line to a log."""
@@ -128,11 +140,34 @@ class RunFolder:
         """Replace the best weights."""
         save(model, self.best)
 
+    def save_average(self, model: ActionCLIP) -> None:
+        """Write the mean of the weights of several epochs."""
+        save(model, self.average)
+
+    def _write(self, name: str, text: str) -> None:
+        content = text.encode("utf-8", "replace")
+        write_atomically(self.path / name, lambda file: file.write(content))
+
     def _remove_partial_files(self) -> None:
         """Remove what a killed process was writing, see `write_atomically`."""
-        for name in ("config.json", self.last.name, self.best.name):
+        names = ("config.json", *LABELS, self.last.name, self.best.name, self.average.name)
+        for name in names:
             for path in self.path.glob(f"{name}.*.part"):
                 path.unlink(missing_ok=True)
+
+
+def _label_file(class_names: Sequence[str]) -> tuple[str, str]:
+    """Return name and content of a file from which `labels.read_labels` reads these names.
+
+    All but the spaces around them, which no label file keeps and no comparison of names sees.
+    """
+    # A byte order mark is one only at the start of a text, and not a part of it there.
+    if not any("\n" in name or "\r" in name or "\ufeff" in name for name in class_names):
+        return "labels.txt", "".join(f"{name}\n" for name in class_names)
+    file = io.StringIO()
+    writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerows([("id", "name"), *enumerate(class_names)])
+    return "labels.csv", file.getvalue()
 
 
 @contextmanager

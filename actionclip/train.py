@@ -12,6 +12,7 @@ Source: ActionCLIP (arXiv:2109.08472), sections 3 and 4.1.
 """
 
 import contextlib
+import copy
 import json
 import math
 import time
@@ -21,10 +22,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from actionclip.annotations import VideoList
+from actionclip.averaging import RunningMean
 from actionclip.classifier import VideoClassifier
 from actionclip.conversion import config_to_json
 from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader
@@ -101,15 +104,13 @@ class Progress:
 
 
 class Towers(nn.Module):
-    """Both encoders and the temperature, as the one module that processes synchronise."""
+    """What is trained, as the one module that processes synchronise."""
 
     def __init__(self, model: ActionCLIP) -> None:
         super().__init__()
         self.model = model
 
-    def forward(
-        self, frames: Tensor, tokens: Tensor, sentence: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, frames: Tensor, tokens: Tensor, sentence: Tensor) -> tuple[Tensor, ...]:
         """Encode frames (B, T, 3, R, R) uint8 and S distinct sentences (S, L).
 
         Args:
@@ -118,10 +119,13 @@ class Towers(nn.Module):
             sentence: (B,) which sentence belongs to which video.
 
         Returns:
-            Embeddings (B, D) of videos and of their sentences in fp32, and exp(logit_scale).
+            Embeddings (B, D) of videos and of their sentences in fp32, and exp(logit_scale);
+            of a linear classifier its logits (B, K) alone.
         """
         model = self.model
         video = model.encode_video(normalize(frames, model.pixel_mean, model.pixel_std))
+        if model.linear is not None:
+            return (model.linear(video.float()),)
         text = model.encode_text(tokens)[sentence]
         return video.float(), text.float(), model.clip.logit_scale.exp()
 
@@ -161,6 +165,17 @@ class Trainer:
         self.running = running or Running()
         if val is not None and val.class_names != train.class_names:
             raise InputError(f"{val.source} has other classes than {train.source}")
+        if model.linear is not None:
+            if train.multi_label:
+                raise InputError(
+                    f"{train.source} has several labels a video, and a linear classifier with "
+                    "cross-entropy takes one; train with sentences"
+                )
+            if model.config.class_names != train.class_names:
+                raise InputError(
+                    f"the linear classifier of the model is for other classes than those of "
+                    f"{train.source}; start another one (new_head, --new-head)"
+                )
         if any(p.dtype != torch.float32 for p in model.parameters()):
             raise InputError(f"weights are {model.dtype}; load the model in float32 to train it")
         self.model = model
@@ -186,6 +201,8 @@ class Trainer:
         self.optimizer = build_optimizer(recipe, self.groups)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=recipe.precision == "fp16")
         self.progress = Progress()
+        # None if no average is wanted, and once it is done.
+        self.average = None if recipe.average_from is None else RunningMean()
         self.steps_per_epoch = self._sampler().steps_per_epoch
         self.num_steps = recipe.epochs * self.steps_per_epoch
 
@@ -226,6 +243,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        self.average = RunningMean(**state["average"]) if "average" in state else None
         if rank() == 0:
             self.folder.rewind_logs(state)
 
@@ -278,6 +296,7 @@ class Trainer:
                 self._save()
             if stop_asked:
                 return
+        yield from self._finish_average()
 
     def _step(self, batch: Batch) -> bool:
         """Do one optimiser step; returns whether any process was asked to stop."""
@@ -316,8 +335,8 @@ class Trainer:
         # All processes go the same way, or their exchanges would not meet: the first has most.
         largest = -(-self.recipe.batch_size // world_size())
         if largest <= (self.recipe.micro_batch or largest):
-            video, text, scale = self._encode(self.replica, 0, batch)
-            loss = self._loss(video, text, batch.labels, scale)
+            outputs = self._encode(self.replica, 0, batch)
+            loss = self._loss(outputs, batch.labels)
             self.scaler.scale(loss * world_size()).backward()
             return loss.detach()
 
@@ -329,8 +348,12 @@ class Trainer:
         for embeddings in cached:
             for x in embeddings:
                 x.requires_grad_()
-        video, text = (torch.cat([embeddings[i] for embeddings in cached]) for i in (0, 1))
-        loss = self._loss(video, text, batch.labels, cached[-1][2])
+        # Every part has the same temperature, which has no rows.
+        whole = [
+            torch.cat(column) if column[0].ndim else column[-1]
+            for column in zip(*cached, strict=True)
+        ]
+        loss = self._loss(whole, batch.labels)
         self.scaler.scale(loss * world_size()).backward()
         for i, (part, embeddings) in enumerate(zip(parts, cached, strict=True)):
             with self._without_sync(part is not parts[-1]):
@@ -343,7 +366,7 @@ class Trainer:
                 torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
         return loss.detach()
 
-    def _encode(self, towers: nn.Module, part: int, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode(self, towers: nn.Module, part: int, batch: Batch) -> tuple[Tensor, ...]:
         """Encode a part of a batch; what is random in it depends on the step and the part."""
         seeds = [self.recipe.seed, self.progress.step, rank(), part]
         torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
@@ -353,8 +376,13 @@ class Trainer:
         with self._autocast():
             return towers(*inputs)
 
-    def _loss(self, video: Tensor, text: Tensor, labels: Tensor, scale: Tensor) -> Tensor:
+    def _loss(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Return this process's share of the loss over the videos of all processes."""
+        if self.model.linear is not None:
+            (logits,) = outputs
+            summed = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
+            return summed / self.recipe.batch_size
+        video, text, scale = outputs
         both, rows = gather_rows(torch.stack([video, text], 1))
         all_labels, _ = gather_rows(labels.to(video.device))
         all_video, all_text = both.unbind(1)
@@ -400,8 +428,8 @@ class Trainer:
         finite: list[bool] = []
         with torch.no_grad():
             for i, part in enumerate(batch.split(self.recipe.micro_batch)):
-                video, text, _ = self._encode(self.towers, i, part)
-                finite += (video.isfinite() & text.isfinite()).all(1).tolist()
+                rows = [x for x in self._encode(self.towers, i, part) if x.ndim]
+                finite += torch.cat(rows, 1).isfinite().all(1).tolist()
         culprits = [path for path, good in zip(batch.paths, finite, strict=True) if not good]
         mine = (not all(finite) or not math.isfinite(losses[rank()]), culprits or batch.paths)
         guilty = [(i, paths) for i, (bad, paths) in enumerate(gather_objects(mine)) if bad]
@@ -420,7 +448,7 @@ class Trainer:
         if rest or progress.evaluated == epoch:
             return stop_asked
         if self.val is None:
-            progress.evaluated, progress.num_bad = epoch, 0
+            self._count_epoch(epoch)
             self._save_best()
             self._save()
             return stop_asked
@@ -429,12 +457,12 @@ class Trainer:
             return True
         share_buffers(self.model)
         try:
-            record = self._evaluate(self.val)
+            record = self._evaluate(self.model, self.val)
         except StoppedError:
             return True
         finally:
             set_train_mode(self.model)
-        progress.evaluated, progress.num_bad = epoch, 0
+        self._count_epoch(epoch)
         if record[SCORE[self.val.multi_label]] > progress.best:
             progress.best = record[SCORE[self.val.multi_label]]
             self._save_best()
@@ -443,10 +471,36 @@ class Trainer:
         yield record
         return False
 
-    def _evaluate(self, val: VideoList) -> Record:
+    def _count_epoch(self, epoch: int) -> None:
+        """Note that an epoch is over; what is saved next has it in both counts or in neither."""
+        self.progress.evaluated, self.progress.num_bad = epoch, 0
+        first = self.recipe.average_from
+        if self.average is not None and first is not None and epoch >= first:
+            self.average.add(self.model.state_dict())
+
+    def _finish_average(self) -> Iterator[Record]:
+        """Evaluate and write the average of the weights, unless there is none or it is done."""
+        if self.average is None:
+            return
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.average.weights)
+        record = None
+        if self.val is not None:
+            try:
+                record = self._log({**self._evaluate(model, self.val), "kind": "average"})
+            except StoppedError:
+                return
+        if rank() == 0:
+            self.folder.save_average(model)
+        self.average = None
+        self._save()
+        if record is not None:
+            yield record
+
+    def _evaluate(self, model: ActionCLIP, val: VideoList) -> Record:
         with self._autocast():
             classifier = VideoClassifier(
-                self.model,
+                model,
                 val.class_names,
                 raw_labels=self.recipe.raw_labels,
                 batch_size=EVALUATION_BATCH,
@@ -482,9 +536,10 @@ class Trainer:
             "epoch": progress.step / self.steps_per_epoch,
             "loss": loss,
             "lr": {group["name"]: group["lr"] for group in self.optimizer.param_groups},
-            "logit_scale": float(self.model.clip.logit_scale.detach().exp()),
             "clips_per_second": clips_per_second,
         }
+        if self.model.linear is None:
+            record["logit_scale"] = float(self.model.clip.logit_scale.detach().exp())
         progress.loss_sum, progress.loss_count = 0.0, 0
         return record
 
@@ -495,15 +550,16 @@ class Trainer:
 
     def _save(self) -> None:
         if rank() == 0:
-            self.folder.save_state(
-                {
-                    "settings": json.dumps(self.settings),
-                    "model": self.model.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "progress": asdict(self.progress),
-                }
-            )
+            state = {
+                "settings": json.dumps(self.settings),
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "progress": asdict(self.progress),
+            }
+            if self.average is not None:
+                state["average"] = vars(self.average)
+            self.folder.save_state(state)
 
     def _save_best(self) -> None:
         if rank() == 0:

@@ -14,7 +14,7 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from actionclip.conversion import (
 )
 from actionclip.errors import InputError, WeightsError
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig, build_head
-from actionclip.models.clip import cast_encoders, initial_time_embedding
+from actionclip.models.clip import CLIP, cast_encoders, image_encoder, initial_time_embedding
 from actionclip.models.layers import Activation
 from actionclip.models.temporal import TemporalTransformer, interpolate_positions
 from actionclip.published import MODELS, PACKAGED
@@ -59,7 +59,7 @@ def load(
     num_frames: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    pretrained: bool = True,
+    pretrained: bool | Literal["image", "text"] = True,
     download_root: str | os.PathLike[str] | None = None,
     activation: Activation | None = None,
     official_conv1d: bool = False,
@@ -76,7 +76,8 @@ def load(
         device: None is the first GPU if there is one, else the CPU.
         dtype: type of the encoders' weights: float32 (None), bfloat16 or float16. Layer
             norms and temporal heads stay in float32.
-        pretrained: False draws the published initialisation instead of weights.
+        pretrained: False draws the published initialisation instead of weights; "image" and
+            "text" take that encoder from the weights and draw the other, as the paper's Table 2.
         download_root: folder of downloaded files. None is `$ACTIONCLIP_HOME`, else
             `$XDG_CACHE_HOME/actionclip`, else `~/.cache/actionclip`.
         activation: "quick_gelu" (OpenAI) or "gelu", for a file that does not tell.
@@ -106,11 +107,18 @@ def load(
             f"activation is {activation!r}; choose from {', '.join(get_args(Activation))}"
         )
 
+    if pretrained not in (True, False, "image", "text"):
+        raise InputError(f"pretrained is {pretrained!r}; use True, False, 'image' or 'text'")
+
     if pretrained:
         checkpoint = _read(name, download_root, dtype or torch.float32)
         if new_head:
             checkpoint.forget_head()
         config = _configure(checkpoint, name, temporal, num_frames, activation, official_conv1d)
+        if pretrained == "text":
+            _redraw_image_encoder(checkpoint, config)
+        elif pretrained == "image":
+            config = _redraw_text_encoder(checkpoint, config)
         with _Unfilled():
             model = _build(config, name)
             if dtype is not None:
@@ -328,6 +336,25 @@ def _build(config: ActionCLIPConfig, name: str) -> ActionCLIP:
         raise InputError(f"{name}: {error}") from error
 
 
+def _redraw_image_encoder(checkpoint: Checkpoint, config: ActionCLIPConfig) -> None:
+    """Replace the file's image encoder by the published initialisation."""
+    initial = {f"visual.{k}": v for k, v in image_encoder(config.clip).state_dict().items()}
+    checkpoint.clip |= initial
+    checkpoint.untrained = (*checkpoint.untrained, *(f"clip.{key}" for key in initial))
+
+
+def _redraw_text_encoder(checkpoint: Checkpoint, config: ActionCLIPConfig) -> ActionCLIPConfig:
+    """Replace all but the file's image encoder; the words that it knew are forgotten."""
+    initial = {
+        key: value
+        for key, value in CLIP(config.clip).state_dict().items()
+        if not key.startswith("visual.")
+    }
+    checkpoint.clip |= initial
+    checkpoint.untrained = (*checkpoint.untrained, *(f"clip.{key}" for key in initial))
+    return replace(config, vocabulary=None)
+
+
 def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
     """Move the file's tensors into a model that was built unfilled.
 
@@ -337,6 +364,7 @@ def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
     _fit_positions(model, checkpoint, name)
     state = {f"clip.{key}": value for key, value in checkpoint.clip.items()}
     state |= {f"temporal.{key}": value for key, value in checkpoint.head.items()}
+    state |= {f"linear.{key}": value for key, value in checkpoint.linear.items()}
     checkpoint.clip.clear()  # so that each tensor of the file is freed once it is converted
     if checkpoint.temporal is None:
         initial = _initial_prompt(model.config)

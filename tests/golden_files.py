@@ -1,6 +1,7 @@
 """Read the reference outputs in `tests/golden`."""
 
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actionclip.models.clip import CLIP, CLIPConfig
+from actionclip.models.clip import CLIP, CLIPConfig, cast_encoders
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -53,3 +54,28 @@ def clip_state(name: str) -> dict[str, Tensor]:
 def state_shapes(kind: str, name: str) -> dict[str, list[int]]:
     """Return key -> shape of a published state dict; `kind` is "clip" or "heads"."""
     return load_golden("state_keys.json")[kind][name]
+
+
+def write_archive(path: Path, name: str, *, half: bool = True) -> Path:
+    """Write an archive as OpenAI publishes: scripted, mixed fp16 and fp32, three extra integers."""
+
+    class Released(CLIP):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.logit_scale
+
+    config = clip_config(name)
+    with torch.device("meta"):
+        model = Released(config)
+    model.load_state_dict(clip_state(name), assign=True)
+    if half:
+        cast_encoders(model, torch.float16)
+    for extra, value in (
+        ("input_resolution", config.image_resolution),
+        ("context_length", config.context_length),
+        ("vocab_size", config.vocab_size),
+    ):
+        model.register_buffer(extra, torch.tensor(value))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.trace(model, torch.ones(1)), path)
+    return path

@@ -11,6 +11,7 @@ import torch
 
 from actionclip import tensor_files
 from actionclip.errors import InputError, OutputError, TrainingError, WeightsError
+from actionclip.labels import read_labels
 from actionclip.runs import RunFolder
 from actionclip.tensor_files import write_atomically
 
@@ -22,7 +23,7 @@ def folder(tmp_path: Path) -> RunFolder:
     """A run with two lines in its metrics, one in its bad samples, and a saved state."""
     folder = RunFolder(tmp_path / "new" / "run")
     folder.check_free()
-    folder.start({"name": "Ärger", "broken": "\udcff"})
+    folder.start({"name": "Ärger", "broken": "\udcff"}, ("left, right", "# Ärger"))
     folder.log("metrics", {"step": 1})
     folder.log("metrics", {"step": 2, "text": "first\u2028second"})
     folder.log("bad_samples", {"path": "a\udcff.mp4"})
@@ -34,6 +35,7 @@ def test_what_is_written_is_read(folder: RunFolder) -> None:
     assert sorted(path.name for path in folder.path.iterdir()) == [
         "bad_samples.jsonl",
         "config.json",
+        "labels.txt",
         "last.pt",
         "metrics.jsonl",
     ]
@@ -49,6 +51,32 @@ def test_what_is_written_is_read(folder: RunFolder) -> None:
     assert state["log_sizes"] == sizes
 
 
+LABELS = {
+    ("walk, then run", "# 1", "3 dogs;", '"quoted" \\t\\'): "labels.txt",
+    ("first\u2028second", "a\x85b", "c\x0bd", "Ärger", "走る"): "labels.txt",
+    ("two\nlines", "id", '"a", b', "two\r\nlines"): "labels.csv",
+    ("return\rhere", "plain"): "labels.csv",
+    ("\ufeffmarked", "plain"): "labels.csv",
+}
+
+
+@pytest.mark.parametrize("names", LABELS)
+def test_labels_are_read_as_they_were(names: tuple[str, ...], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.start({}, ["older\nnames"])
+    folder.start({}, names)
+    (file,) = folder.path.glob("labels.*")
+    assert file.name == LABELS[names]
+    assert read_labels([str(file)]) == list(names)
+
+
+@pytest.mark.parametrize("name", ["config.json", "labels.txt", "labels.csv"])
+def test_what_is_not_of_a_run_is_not_replaced(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=rf"{name} is not that of a run; name another folder"):
+        RunFolder(tmp_path).check_free()
+
+
 def test_a_folder_holds_one_run(folder: RunFolder) -> None:
     with pytest.raises(InputError, match=r"run holds a run; go on with --resume latest, or name"):
         RunFolder(folder.path).check_free()
@@ -61,8 +89,8 @@ def test_logs_are_cut_to_what_the_state_knows(folder: RunFolder) -> None:
     folder.log("bad_samples", {"path": "b.mp4"})
     with open(folder.log_file("metrics"), "a") as file:
         file.write('{"step": 4, "lo')
-    for name in ("last.pt.4711.part", "best.safetensors.1.part", "config.json.1.part"):
-        (folder.path / name).write_text("half")
+    for name in ("last.pt", "best.safetensors", "average.safetensors", "config.json", "labels.txt"):
+        (folder.path / f"{name}.4711.part").write_text("half")
     (folder.path / "film.mp4.part").write_text("not ours")
     folder.rewind_logs(folder.load_state())
     assert folder.log_file("metrics").read_bytes() == kept
@@ -83,7 +111,7 @@ def test_a_run_that_saved_nothing_starts_again(folder: RunFolder) -> None:
     folder.last.unlink()
     (folder.path / "last.pt.4711.part").write_text("half")
     folder.check_free()
-    folder.start({})
+    folder.start({}, ())
     assert folder.records("metrics") == folder.records("bad_samples") == []
     assert not list(folder.path.glob("*.part"))
 
@@ -166,4 +194,4 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         folder = RunFolder(path)
         folder.check_free()
         with pytest.raises(OutputError, match=r"file.*: cannot be written: "):
-            folder.start({})
+            folder.start({}, ())

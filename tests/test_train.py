@@ -18,9 +18,12 @@ from torch import Tensor
 from training_files import BROKEN, CLASSES, write_all
 
 from actionclip import distributed
+from actionclip import train as loop
 from actionclip.annotations import VideoList, read_video_list
 from actionclip.augment import Augmentation
+from actionclip.classifier import VideoClassifier
 from actionclip.errors import InputError, TooManyBadError, TrainingError
+from actionclip.evaluate import evaluate
 from actionclip.recipe import Recipe
 from actionclip.runs import RunFolder
 from actionclip.train import Running, Towers, Trainer
@@ -40,9 +43,10 @@ RECIPE = Recipe(
     clip_gradient=5.0,
     templates=("a video of {}", "{}"),
     augmentation=Augmentation(resolution=32),
+    average_from=1,
 )
 # Nothing random but the order: what is left must not depend on how a batch is cut up.
-PLAIN = replace(RECIPE, micro_batch=None, drop_path=0.0, augmentation=None)
+PLAIN = replace(RECIPE, micro_batch=None, drop_path=0.0, augmentation=None, average_from=None)
 RUNNING = Running(workers=0, log_every=1, max_bad=1)
 
 
@@ -82,7 +86,7 @@ def finish(trainer: Trainer, *, resume: bool = False) -> str:
         trainer.resume()
     elif distributed.rank() == 0:
         trainer.folder.check_free()
-        trainer.folder.start({})
+        trainer.folder.start({}, CLASSES)
     torch.manual_seed(int(time.time()))  # nothing may depend on the state of this
     for _ in trainer.run():
         pass
@@ -106,6 +110,7 @@ def learned(folder: Path) -> dict[str, Any]:
         "metrics": [{k: v for k, v in r.items() if k != "clips_per_second"} for r in lines],
         "bad": (folder / "bad_samples.jsonl").read_text(),
         "best": (folder / "best.safetensors").read_bytes(),
+        "average": (folder / "average.safetensors").read_bytes(),
     }
 
 
@@ -126,6 +131,7 @@ def test_records(whole: tuple[str, dict[str, Any]], data: Path) -> None:
         expected.append(("train", step, step / 2))
         if step % 2 == 0:
             expected.append(("eval", step, step / 2))
+    expected.append(("average", 4, 2.0))
     assert kinds == expected
     first, second = metrics[0], metrics[1]
     # The first step of the warm-up has a rate of 0, the second is past it; the head's is tenfold.
@@ -144,21 +150,23 @@ def test_records(whole: tuple[str, dict[str, Any]], data: Path) -> None:
     assert [(fault["step"] + 1) // 2 for fault in bad] == [fault["epoch"] for fault in bad]
 
 
-# An epoch asks six times: after two steps and four videos of the evaluation.
-@pytest.mark.parametrize("call", [1, 2, 4, 7])
+# An epoch asks six times: after two steps and four videos of the evaluation. The evaluation of
+# the average asks four times more.
+@pytest.mark.parametrize("call", [1, 2, 4, 7, 14])
 def test_stopped_and_resumed(
     call: int, data: Path, tmp_path: Path, whole: tuple[str, dict[str, Any]]
 ) -> None:
     trainer = build(data, tmp_path, should_stop=at_call(call, lambda: True))
     finish(trainer)
     epoch, asked = divmod(call - 1, 6)
-    assert trainer.progress.step == 2 * epoch + min(asked + 1, 2)
+    assert trainer.progress.step == min(2 * epoch + min(asked + 1, 2), 4)
     assert trainer.progress.evaluated == epoch
+    assert not trainer.folder.average.exists()
     assert finish(build(data, tmp_path), resume=True) == whole[0]
     assert learned(tmp_path) == whole[1]
 
 
-@pytest.mark.parametrize(("call", "save_every"), [(1, 1000), (4, 1), (8, 1000), (12, 1)])
+@pytest.mark.parametrize(("call", "save_every"), [(1, 1000), (4, 1), (8, 1000), (16, 1)])
 def test_crashed_and_resumed(
     call: int, save_every: int, data: Path, tmp_path: Path, whole: tuple[str, dict[str, Any]]
 ) -> None:
@@ -196,6 +204,58 @@ def test_a_finished_run_has_nothing_to_do(data: Path, tmp_path: Path) -> None:
     assert list(trainer.run()) == []
     assert digest(trainer.model) == weights
     assert learned(tmp_path) == before
+
+
+# Without --val the end of an epoch asks nobody: the second step of the second epoch is the last.
+def test_stopped_before_the_average_is_written(data: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    recipe = replace(PLAIN, average_from=1)
+    finish(build(data, whole, recipe, val=False))
+    finish(build(data, cut, recipe, val=False, should_stop=at_call(4, lambda: True)))
+    assert torch.load(cut / "last.pt")["average"]["count"] == 2
+    assert not (cut / "average.safetensors").exists()
+    finish(build(data, cut, recipe, val=False), resume=True)
+    assert learned(cut) == learned(whole)
+
+
+def test_the_average_is_that_of_the_epochs(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated = []
+
+    def noted(classifier: VideoClassifier, *arguments: Any, **options: Any) -> Any:
+        evaluated.append(digest(classifier.model))
+        return evaluate(classifier, *arguments, **options)
+
+    monkeypatch.setattr(loop, "evaluate", noted)
+    trainer = build(data, tmp_path, replace(PLAIN, epochs=3, average_from=2))
+    trainer.folder.start({}, CLASSES)
+    epochs = []
+    for record in trainer.run():
+        if record["kind"] == "eval" and record["epoch"] >= 2:
+            epochs.append({k: v.double() for k, v in trainer.model.state_dict().items()})
+    average = load(trainer.folder.average, device="cpu")
+    for name, value in average.state_dict().items():
+        expected = torch.stack([state[name] for state in epochs]).mean(0)
+        assert (value - expected).abs().max() < 1e-6, name
+    assert record["kind"] == "average"
+    assert evaluated[2:] == [digest(trainer.model), digest(average)]
+    # The run itself ends with its own weights, and a state that needs no average any more.
+    assert epochs[-1].keys() == trainer.model.state_dict().keys()
+    assert all(torch.equal(epochs[-1][k], v) for k, v in trainer.model.state_dict().items())
+    assert "average" not in trainer.folder.load_state()
+
+
+def test_no_average_unless_asked(data: Path, tmp_path: Path) -> None:
+    finish(build(data, tmp_path, PLAIN, should_stop=at_call(3, lambda: True)))
+    assert sorted(torch.load(tmp_path / "last.pt")) == [
+        *("log_sizes", "model", "optimizer", "progress", "scaler", "settings")
+    ]
+    finish(build(data, tmp_path, PLAIN), resume=True)
+    assert not (tmp_path / "average.safetensors").exists()
+    assert {record["kind"] for record in RunFolder(tmp_path).records("metrics")} == {
+        *("train", "eval")
+    }
 
 
 def test_speed_counts_only_what_this_process_did(data: Path, tmp_path: Path) -> None:
@@ -242,7 +302,7 @@ def test_parts_and_recomputation_change_nothing(data: Path, tmp_path: Path) -> N
             val=False,
             model="plain",
         )
-        trainer.folder.start({})
+        trainer.folder.start({}, CLASSES)
         results[name] = losses(trainer), trainer.model.state_dict()
     expected, state = results.pop("plain")
     start = load(data / "plain.safetensors").state_dict()
@@ -344,10 +404,10 @@ def test_an_evaluation_names_what_it_could_not_use(data: Path, tmp_path: Path) -
     assert trainer.val is not None
     gone = replace(trainer.val.samples[1], path=str(tmp_path / "gone.mp4"))
     trainer.val = replace(trainer.val, samples=(*trainer.val.samples[:1], gone))
-    records = [record for record in trainer.run() if record["kind"] == "eval"]
-    assert [record["failed"] for record in records] == [1, 1]
+    records = [record for record in trainer.run() if record["kind"] != "train"]
+    assert [record["failed"] for record in records] == [1, 1, 1]
     listed = [r for r in RunFolder(tmp_path).records("bad_samples") if r["part"] == "val"]
-    assert [(r["path"], r["reason"]) for r in listed] == [(gone.path, "missing")] * 2
+    assert [(r["path"], r["reason"]) for r in listed] == [(gone.path, "missing")] * 3
 
 
 def test_what_runs_out_is_named(
@@ -430,10 +490,10 @@ def work(rank: int, port: int, data: Path, folder: Path) -> None:
     distributed.start("cpu", timeout_seconds=30)
     results: dict[str, Any] = {}
     for name, micro_batch in (("plain", None), ("parts", 2), ("ones", 1)):
-        recipe = replace(PLAIN, micro_batch=micro_batch)
+        recipe = replace(PLAIN, micro_batch=micro_batch, average_from=1)
         trainer = build(data, folder / name, recipe, val=False, model="plain")
         if rank == 0:
-            trainer.folder.start({})
+            trainer.folder.start({}, CLASSES)
         results[name] = losses(trainer), trainer.model.state_dict()
 
     results["whole"] = finish(build(data, folder / "whole"))
@@ -471,9 +531,12 @@ def ranks(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
 def test_two_processes_learn_what_one_does(
     name: str, ranks: tuple[Path, list[Any]], data: Path, tmp_path: Path
 ) -> None:
-    trainer = build(data, tmp_path, PLAIN, val=False, model="plain")
-    trainer.folder.start({})
+    recipe = replace(PLAIN, average_from=1)
+    trainer = build(data, tmp_path, recipe, val=False, model="plain")
+    trainer.folder.start({}, CLASSES)
     expected, state = losses(trainer), trainer.model.state_dict()
+    average = load(ranks[0] / name / "average.safetensors", device="cpu").state_dict()
+    assert_same_weights(average, load(trainer.folder.average, device="cpu").state_dict())
     for result in ranks[1]:
         other, weights = result[name]
         assert other == pytest.approx(expected, abs=1e-5)

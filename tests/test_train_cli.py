@@ -24,6 +24,7 @@ from actionclip import train as loop
 from actionclip.annotations import read_video_list
 from actionclip.cli import plots
 from actionclip.cli import train as command
+from actionclip.labels import read_labels
 from actionclip.weights import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,7 +35,10 @@ OPTIONS = (
     *("--workers", "0", "--log-every", "1", "--max-bad", "1"),
 )
 # Everything random, all kinds of records: what a killed run has to find back to.
-HARD = ("--val", "val", "--drop-path", "0.3", "--micro-batch", "2", "--epochs", "3")
+HARD = (
+    *("--val", "val", "--drop-path", "0.3", "--micro-batch", "2", "--epochs", "3"),
+    *("--average-from", "2"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +110,11 @@ def test_a_run_from_start_to_end(run: Run, folder: Path, tmp_path: Path) -> None
         "best.safetensors",
         "config.json",
         "curves.png",
+        "labels.txt",
         "last.pt",
         "metrics.jsonl",
     ]
+    assert read_labels([str(output / "labels.txt")]) == list(CLASSES)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((output / "config.json").read_text())
     assert (config["actionclip"], config["torch"]) == (actionclip.__version__, torch.__version__)
@@ -127,7 +133,7 @@ def test_a_run_from_start_to_end(run: Run, folder: Path, tmp_path: Path) -> None
     assert config["start"]["weights"] == "plain.safetensors"
     assert config["start"]["new_head"]
     assert re.fullmatch("[0-9a-f]{64}", config["start"]["sha256"])
-    assert config["shots"] is None
+    assert config["classes"] is config["shots"] is None
     assert config["data"]["val"]["sha256"] == hashes["val"]
     assert config["recipe"]["learning_rate"] == 1e-3
     assert config["recipe"]["augmentation"]["flip"] == 0
@@ -195,6 +201,63 @@ def test_from_scratch_with_few_videos(run: Run, tmp_path: Path) -> None:
     assert {"red", "circle", "moving", "right"} <= set(model.config.vocabulary)
 
 
+BASE = (CLASSES[1], CLASSES[3])
+
+
+@pytest.fixture
+def lists(folder: Path) -> None:
+    """Lists to train and evaluate on; the classes in BASE have most videos to train on."""
+    rows = [(f"train/{c}/{i}.mp4", c) for c in CLASSES for i in range(3 if c in BASE else 2)]
+    (folder / "few.csv").write_text("".join(f"{path},{name}\n" for path, name in rows))
+    # The classes in an order and a spelling of its own.
+    own = [{"path": f"val/{c}/0.mp4", "label": c.replace(" ", "_").upper()} for c in CLASSES[::-1]]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+
+
+@pytest.mark.usefixtures("lists")
+def test_base_classes_only(run: Run, tmp_path: Path) -> None:
+    code, lines = run(
+        *("--classes", "base", "--shots", "2", "--batch-size", "4", "--epochs", "1"),
+        *("--val", "own.jsonl", "--average-from", "1"),
+        train="few.csv",
+    )
+    assert code == 0
+    assert "train: 2 of 4 classes kept, 4 videos without any of them left out" in lines
+    assert "val: 2 of 4 classes kept, 2 videos without any of them left out" in lines
+    output = tmp_path / "run"
+    config = json.loads((output / "config.json").read_text())
+    assert (config["classes"], config["shots"]) == ("base", 2)
+    for part, count in (("train", 4), ("val", 2)):
+        assert config["data"][part]["class_names"] == list(BASE)
+        assert config["data"][part]["videos"] == count
+    assert (output / "labels.txt").read_text() == f"{BASE[0]}\n{BASE[1]}\n"
+    *_, last, average = metrics(output)
+    assert last["kind"] == "eval"
+    assert average == {**last, "kind": "average"}  # of one epoch
+    assert lines[-5].startswith("epoch 1: top1 ")
+    assert lines[-4] == lines[-5].replace("epoch 1: ", "average: ")
+    assert lines[-1] == f"{output / 'average.safetensors'}: the mean of epochs 1 to 1"
+    assert (output / "curves.png").exists()
+
+
+@pytest.mark.usefixtures("lists")
+def test_classes_of_a_file_keep_the_numbers_of_labels(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    (folder / "all.csv").write_text("".join(["name\n", *(f"{c}\n" for c in CLASSES[::-1])]))
+    rows = (f"train/{name}/{i}.mp4 {3 - c}\n" for c, name in enumerate(CLASSES) for i in (0, 2))
+    (folder / "numbers.txt").write_text("".join(rows))
+    (folder / "two.txt").write_text(f"{CLASSES[0].upper()}\n{CLASSES[2]}\n")
+    options = ("--labels", "all.csv", "--val", "own.jsonl", "--batch-size", "4", "--epochs", "1")
+    code, _ = run(*options, "--classes", "two.txt", train="numbers.txt")
+    assert code == 0
+    names = (tmp_path / "run" / "labels.txt").read_text()
+    assert names == f"{CLASSES[2]}\n{CLASSES[0]}\n"
+    code, lines = run(*options, "--classes", "base", "--resume", "latest", train="numbers.txt")
+    assert code == 2
+    assert "was started with other settings (data.train was" in lines[-1]
+
+
 WRONG = {
     (
         "--batch-size",
@@ -220,6 +283,13 @@ WRONG = {
     ("--train", "nowhere"): "nowhere",
     ("--val", "other"): "other",
     ("--shots", "0"): "shots is 0, it must be at least 1",
+    ("--average-from", "3"): "--average-from is 3 of 2 epochs; use 1 to 2",
+    ("--average-from", "0"): "--average-from is 0 of 2 epochs; use 1 to 2",
+    ("--classes", "novel"): "--classes is 'novel'; say base, or name a .txt or .csv of labels",
+    (
+        *("--train", "./train"),
+        *("--classes", "other.txt"),
+    ): "./train: has no class 'a dog'; its 4 classes are 'a blue star growing', ...",
     ("--randaugment", "2", "31"): "31",
 }
 
@@ -230,6 +300,7 @@ def test_wrong_input_is_one_line(
 ) -> None:
     (folder / "other" / "a dog").mkdir(parents=True, exist_ok=True)
     shutil.copy(folder / "val" / CLASSES[0] / "0.mp4", folder / "other" / "a dog")
+    (folder / "other.txt").write_text(f"{CLASSES[0]}\na dog\n")
     code, lines = run(*arguments)
     assert code == 2
     said = [line for line in lines if not line.startswith(("train: ", "val: ", "no video is"))]
@@ -420,7 +491,7 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
 def assert_same_run(output: Path, lines: Sequence[str], expected: tuple[str, Path]) -> None:
     assert weights_line(lines) == expected[0]
     assert metrics(output) == metrics(expected[1])
-    for name in ("bad_samples.jsonl", "best.safetensors"):
+    for name in ("bad_samples.jsonl", "best.safetensors", "average.safetensors"):
         assert (output / name).read_bytes() == (expected[1] / name).read_bytes()
     assert not list(output.glob("*.part"))
 
@@ -537,7 +608,7 @@ def test_killed_then_interrupted_then_resumed(
     said_by(process)
     assert process.returncode == -signal.SIGKILL
     killed_at = (output / "metrics.jsonl").read_bytes().count(b"\n")
-    assert 2 <= killed_at < 8  # of 9
+    assert 2 <= killed_at < 8  # of 10
 
     # As a terminal does it, Ctrl-C reaches the workers too; what they had under way is not lost.
     process = start(folder, output, *arguments)
@@ -547,7 +618,7 @@ def test_killed_then_interrupted_then_resumed(
     assert process.returncode == 130
     assert re.fullmatch(r"SIGINT: saved step \d+; go on with --resume latest", lines[-1])
     assert any(line.startswith("going on at step ") for line in lines)
-    assert len(metrics(output)) < 9
+    assert len(metrics(output)) < 10
 
     code, lines = run(*HARD, "--resume", "latest")
     assert code == 0
@@ -600,8 +671,9 @@ runs.RunFolder.log = logged
 runs.RunFolder.save_best = best_saved
 sys.exit(train.main(sys.argv[1:]))
 """
-# The second save of a state is in mid-epoch, the first replaced file is config.json.
-MOMENTS = ("log 1", "log 4", "write 2", "replace 2", "best 1", "write 5")
+# The second save of a state is in mid-epoch, the tenth is that of the average. The first replaced
+# files are config.json and labels.txt.
+MOMENTS = ("log 1", "log 4", "write 2", "replace 3", "best 1", "write 5", "write 10")
 
 
 @pytest.fixture(scope="module")
@@ -634,7 +706,7 @@ def test_killed_at_any_moment(
     process = start(folder, output, *arguments, ranks=ranks, module=[str(script)])
     said_by(process)
     assert process.returncode == (-signal.SIGKILL if ranks == 1 else 1)
-    assert (output / "last.pt").exists() == (moment not in ("log 1", "replace 2"))
+    assert (output / "last.pt").exists() == (moment not in ("log 1", "replace 3"))
     process = start(folder, output, *arguments, "--resume", "latest", ranks=ranks)
     lines = said_by(process)
     assert process.returncode == 0

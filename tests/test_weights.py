@@ -10,14 +10,14 @@ from pathlib import Path
 import filled
 import pytest
 import torch
-from golden_files import clip_config, load_golden, state_shapes
+from golden_files import clip_config, load_golden, state_shapes, write_archive
 from torch import Tensor
 
 import actionclip
 from actionclip import weights
 from actionclip.conversion import POSITIONS
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig
-from actionclip.models.clip import CLIP, cast_encoders
+from actionclip.models.clip import CLIP
 from actionclip.prompts import TEMPLATES, fill_templates
 from actionclip.published import MODELS, PACKAGED
 from actionclip.tokenizer import token_ids, tokenize, words
@@ -66,26 +66,8 @@ def save(tmp_path: Path, content: object, name: str = "model.pt") -> Path:
     return tmp_path / name
 
 
-def torchscript_archive(path: Path, *, half: bool = True) -> Path:
-    """An archive as OpenAI publishes: scripted, mixed fp16 and fp32, three extra integers."""
-
-    class Released(CLIP):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * self.logit_scale
-
-    model = filled.fill_(Released(clip_config("tiny")))
-    if half:
-        cast_encoders(model, torch.float16)
-    for name, value in (("input_resolution", 64), ("context_length", 77), ("vocab_size", 49408)):
-        model.register_buffer(name, torch.tensor(value))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.save(torch.jit.trace(model, torch.ones(1)), path)
-    return path
-
-
 def test_openai_archive(tmp_path: Path) -> None:
-    path = torchscript_archive(tmp_path / "archive.pt", half=False)
+    path = write_archive(tmp_path / "archive.pt", "tiny", half=False)
     model = actionclip.load(path)
     assert model.config.clip == clip_config("tiny")
     assert (model.config.temporal, model.num_frames, model.input_resolution) == ("meanp", 8, 64)
@@ -94,7 +76,7 @@ def test_openai_archive(tmp_path: Path) -> None:
 
 
 def test_openai_archive_in_half_precision(tmp_path: Path) -> None:
-    path = torchscript_archive(tmp_path / "archive.pt")
+    path = write_archive(tmp_path / "archive.pt", "tiny")
     model = actionclip.load(path)
     assert_same(model, expected(), tolerance=0.05)
     weight = tiny_state()["visual.conv1.weight"].half().float()
@@ -650,7 +632,7 @@ def test_a_name_loads_the_cached_file_without_network(
 ) -> None:
     import hashlib
 
-    path = torchscript_archive(tmp_path / "ViT-B-32.pt", half=False)
+    path = write_archive(tmp_path / "ViT-B-32.pt", "tiny", half=False)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     entry = replace(MODELS["ViT-B/32"], sha256=digest, size=path.stat().st_size)
     monkeypatch.setitem(MODELS, "ViT-B/32", entry)
@@ -697,4 +679,38 @@ def test_a_packaged_file_is_checked_before_it_is_read(
         actionclip.WeightsError,
         match=r"packaged\.safetensors: No such file or directory; install actionclip again",
     ):
-        actionclip.load("tiny")
+        actionclip.actionclip.load("tiny")
+
+
+@pytest.mark.parametrize(("kept", "drawn"), [("image", "text"), ("text", "image")])
+@pytest.mark.parametrize("temporal", ["meanp", "transf", "joint"])
+def test_one_tower_from_scratch(tmp_path: Path, kept: str, drawn: str, temporal: str) -> None:
+    path = tmp_path / "ViT.pt"
+    state = filled.state_dict(state_shapes("clip", "tiny"))
+    torch.save({**state, "logit_scale": torch.tensor(4.6)}, path)
+    options = {"temporal": temporal, "num_frames": 3, "device": "cpu", "activation": "quick_gelu"}
+    whole = actionclip.load(path, **options).state_dict()
+    torch.manual_seed(5)
+    model = actionclip.load(path, pretrained=kept, **options)
+    prefix = "clip.visual."
+    of_drawn = {key for key in whole if key.startswith(prefix) == (drawn == "image")}
+    added = {key for key in whole if key.startswith("temporal.") or "time_embedding" in key}
+    for key in whole.keys() - added:
+        same = torch.equal(model.state_dict()[key], whole[key])
+        constant = key.rsplit(".", 1)[-1] == "bias" or ".ln_" in key
+        assert same == (key not in of_drawn) or constant, key
+    assert set(model.untrained) == {k for k in of_drawn if k.startswith("clip.")} | added
+    # The published initialisation: N(0, 0.01) and width^-0.5.
+    clip = model.clip
+    if drawn == "text":
+        assert clip.positional_embedding.std().item() == pytest.approx(0.01, rel=0.1)
+        assert clip.logit_scale.item() == pytest.approx(2.6593, abs=1e-4)
+    else:
+        std = clip.config.vision_width**-0.5
+        assert clip.visual.proj.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_a_text_tower_from_scratch_knows_no_words() -> None:
+    model = actionclip.load("tiny", pretrained="image", device="cpu")
+    assert model.config.vocabulary is None
+    assert actionclip.load("tiny", pretrained="text", device="cpu").config.vocabulary

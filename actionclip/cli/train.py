@@ -10,19 +10,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from actionclip import __version__, distributed
-from actionclip.annotations import VideoList, describe, few_shot, read_video_list
+from actionclip.annotations import (
+    VideoList,
+    base_classes,
+    describe,
+    few_shot,
+    keep_classes,
+    read_video_list,
+    whole_videos,
+)
 from actionclip.augment import Augmentation, has_direction
 from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.plots import draw_curves
 from actionclip.errors import InputError, MissingExtraError, TrainingError
-from actionclip.labels import read_templates
+from actionclip.labels import read_labels, read_templates
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.recipe import ParameterGroup, Recipe
 from actionclip.runs import RunFolder
@@ -50,6 +58,14 @@ examples:
 # How long a process waits for the slowest one: longer than it takes to save or to evaluate.
 TIMEOUT_SECONDS = 1800.0
 
+# What --from-scratch leaves of the weights, as `load` calls it.
+PRETRAINED: dict[str | None, bool | Literal["image", "text"]] = {
+    None: True,
+    "both": False,
+    "image": "text",
+    "text": "image",
+}
+
 
 def build_parser() -> command.OneLineParser:
     """Describe the command's arguments."""
@@ -59,12 +75,23 @@ def build_parser() -> command.OneLineParser:
     model = options.add_model_options(parser)
     model.add_argument("--frames", type=int, metavar="T", help="frames taken from a video (8)")
     model.add_argument(
-        "--from-scratch", action="store_true", help="draw initial weights for the named model"
+        "--from-scratch",
+        choices=("both", "image", "text"),
+        nargs="?",
+        const="both",
+        metavar="TOWER",
+        help="draw initial weights for the named model; image or text for that encoder only",
     )
     model.add_argument(
         "--new-head",
         action="store_true",
         help="leave the visual prompt of the weights behind and start --temporal anew",
+    )
+    model.add_argument(
+        "--unimodal",
+        action="store_true",
+        help="train a linear classifier by cross-entropy instead of comparing with sentences, the "
+        "paper's baseline; it knows no other classes",
     )
     options.add_text_options(parser)
     _add_recipe_options(parser, Recipe())
@@ -85,6 +112,17 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--val", metavar="DATA", help="likewise, to evaluate on after each epoch")
     options.add_data_options(data, "the training data")
     data.add_argument("--val-split", metavar="S", help="part of --val, such as test1")
+    data.add_argument(
+        "--classes",
+        metavar="WHICH",
+        help="train and evaluate on these only: base (the half with most training videos), or a "
+        "label file",
+    )
+    data.add_argument(
+        "--whole-videos",
+        action="store_true",
+        help="do not cut videos to one of their actions where the list says when these happen",
+    )
     data.add_argument("--shots", type=int, metavar="K", help="use only K videos of each class")
 
 
@@ -144,6 +182,12 @@ def _add_recipe_options(parser: argparse.ArgumentParser, default: Recipe) -> Non
         type=float,
         metavar="S",
         help="spread of a new transf head's frame positions (0.02)",
+    )
+    recipe.add_argument(
+        "--average-from",
+        type=int,
+        metavar="E",
+        help="also write the mean of the weights after epochs E to the last",
     )
     number("--seed", default.seed, "S")
 
@@ -229,8 +273,10 @@ def train(args: argparse.Namespace) -> ExitCode:
     """Read the data, build everything, and train to the end or until a signal."""
     if not args.output:
         raise InputError("--output is empty; name a folder")
-    if args.from_scratch and args.new_head:
+    if args.from_scratch == "both" and args.new_head:
         raise InputError("--from-scratch has nothing that --new-head could replace; drop one")
+    if args.unimodal and (args.templates is not None or args.raw_labels):
+        raise InputError("--unimodal reads no sentences; drop --templates and --raw-labels")
     device = options.join_processes(args.device, TIMEOUT_SECONDS)
     try:
         with stop_signals() as stopped_by:
@@ -271,10 +317,19 @@ def _train(
         temporal=args.temporal,
         num_frames=args.frames,
         device=device,
-        pretrained=not args.from_scratch,
+        pretrained=PRETRAINED[args.from_scratch],
         activation=args.activation,
         new_head=args.new_head,
     )
+    if args.unimodal and model.config.class_names != videos.class_names:
+        if model.linear is not None:
+            tell("the linear classifier of the weights is for other classes; a new one is started")
+        model.classify_linearly(videos.class_names)
+    elif model.linear is not None and not args.unimodal:
+        raise InputError(
+            f"--model {args.model} has a linear classifier; train it on with --unimodal, or start "
+            "anew with --new-head"
+        )
     recipe = fit_recipe(recipe, args, model, videos)
     bar = Bar(hidden=not (is_first and sys.stderr.isatty()))
     trainer = Trainer(
@@ -294,7 +349,7 @@ def _train(
         if args.resume:
             tell(f"{folder.path} holds no saved state; starting at the first step")
         if is_first:
-            folder.start(describe_run(args, trainer, running, device))
+            folder.start(describe_run(args, trainer, running, device), videos.class_names)
     for line in (*table(trainer.groups), describe_steps(trainer, device)):
         tell(line)
     bar.start(trainer)
@@ -318,28 +373,47 @@ def _train(
     if is_first:
         tell(f"after the last step: weights sha256 {digest(model)}")
         tell(f"{folder.best}: the model of the {'best' if val else 'last'} epoch")
+        if recipe.average_from is not None:
+            tell(f"{folder.average}: the mean of epochs {recipe.average_from} to {recipe.epochs}")
     return ExitCode.DONE
 
 
 def read_data(args: argparse.Namespace) -> tuple[VideoList, VideoList | None]:
     """Read the lists, and say what they were taken for."""
     videos = options.read_data(args, args.train)
+    class_names = videos.class_names
+    if args.classes is not None:
+        videos = keep_classes(videos, pick_classes(args.classes, videos))
+    if args.whole_videos:
+        videos = whole_videos(videos)
     if args.shots is not None:
         videos = few_shot(videos, args.shots, args.seed)
     val = None
     if args.val is not None:
         try:
             val = read_video_list(
-                args.val, videos=args.videos, class_names=videos.class_names, split=args.val_split
+                args.val, videos=args.videos, class_names=class_names, split=args.val_split
             )
         except InputError as error:
             raise InputError(
                 f"{error}; --val has the classes of --train, or of --labels"
             ) from error
+        if args.classes is not None:
+            val = keep_classes(val, videos.class_names)
     for name, data in (("train", videos), ("val", val)):
         for line in describe(data) if data else ():
             tell(f"{name}: {line}")
     return videos, val
+
+
+def pick_classes(which: str, videos: VideoList) -> Sequence[str]:
+    """Return the names of the classes that --classes stands for."""
+    if which == "base":
+        return base_classes(videos)
+    names = read_labels([which])
+    if names == [which]:
+        raise InputError(f"--classes is {which!r}; say base, or name a .txt or .csv of labels")
+    return names
 
 
 def build_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
@@ -361,6 +435,7 @@ def build_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
         lock_image=args.lock_image,
         lock_text=args.lock_text,
         frame_position_std=args.frame_position_std,
+        average_from=args.average_from,
         precision=options.pick_precision(args.precision, device),
         raw_labels=args.raw_labels,
         augmentation=None if args.no_augmentation else build_augmentation(args),
@@ -448,9 +523,12 @@ def describe_run(
             for part, videos in data.items()
             if videos is not None
         },
+        "classes": args.classes,
         "shots": args.shots,
+        "whole_videos": args.whole_videos,
         "start": {
-            "weights": None if args.from_scratch else args.model,
+            "weights": args.model,
+            "from_scratch": args.from_scratch,
             "new_head": args.new_head,
             "sha256": digest(trainer.model),
         },
@@ -534,7 +612,8 @@ class Bar:
         scores = ", ".join(f"{name} {record[name]:.2%}" for name in names if name in record)
         failed = f", {record['failed']} failed" if record["failed"] else ""
         with tqdm.external_write_mode(file=sys.stderr):
-            tell(f"epoch {record['epoch']:g}: {scores}{failed}")
+            what = "average" if record["kind"] == "average" else f"epoch {record['epoch']:g}"
+            tell(f"{what}: {scores}{failed}")
 
     def _end_epoch(self, epoch: float, rates: str) -> None:
         """Say in a line what the bar would have shown, on average over the epoch."""
@@ -557,7 +636,7 @@ def tell(text: str) -> None:
 
 def draw(folder: RunFolder) -> None:
     """Draw the curves, if matplotlib is there and there is something to draw."""
-    records = folder.records("metrics")
+    records = [record for record in folder.records("metrics") if record["kind"] != "average"]
     if records:
         try:
             draw_curves(records, str(folder.path / "curves.png"))

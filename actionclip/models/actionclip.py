@@ -7,7 +7,7 @@ five heads after the image encoder, or `shift` in it, or `joint` before it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class ActionCLIPConfig:
         templates: prompt templates that the model was trained with.
         vocabulary: the only words, and punctuation, that the text encoder was trained on,
             see `tokenizer.words`; None for encoders that know the language.
+        class_names: classes of a linear classifier that stands in for sentences, see
+            `ActionCLIP.classify_linearly`; None without one.
     """
 
     clip: CLIPConfig
@@ -57,6 +59,7 @@ class ActionCLIPConfig:
     pixel_std: tuple[float, float, float] = CLIP_STD
     templates: tuple[str, ...] = TEMPLATES["actionclip"]
     vocabulary: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 class ActionCLIP(nn.Module):
@@ -66,6 +69,8 @@ class ActionCLIP(nn.Module):
         config: what the model is.
         clip: both towers, under the keys of published CLIP checkpoints.
         temporal: head from frame embeddings (B, T, D) to video embeddings (B, D).
+        linear: classifier from video embeddings (B, D) to logits (B, K) of `config.class_names`;
+            None for a model that compares videos with sentences.
         untrained: names of weights that no file has filled, only initialisation.
 
     Raises:
@@ -89,6 +94,27 @@ class ActionCLIP(nn.Module):
             visual = ShiftVisionTransformer(config.clip)
         self.clip = CLIP(config.clip, visual)
         self.temporal = build_head(config)
+        self.linear: nn.Linear | None = None
+        if config.class_names is not None:
+            self.linear = nn.Linear(config.clip.embed_dim, len(config.class_names))
+
+    def classify_linearly(self, class_names: Sequence[str]) -> None:
+        """Put a new linear classifier in the place of sentences.
+
+        That makes the model the unimodal baseline of the paper, which trains the same image
+        encoder and temporal head by cross-entropy and knows no other classes than these. The
+        text encoder stays in the model, unused.
+
+        Args:
+            class_names: K distinct names.
+
+        Source: ActionCLIP (arXiv:2109.08472), Table 1; the initialisation is that of its heads.
+        """
+        self.config = replace(self.config, class_names=tuple(class_names))
+        self.linear = nn.Linear(self.config.clip.embed_dim, len(class_names), device=self.device)
+        nn.init.normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+        self.untrained = (*self.untrained, "linear.weight", "linear.bias")
 
     @property
     def num_frames(self) -> int:
