@@ -2,6 +2,7 @@
 
 from actionclip import losses, sampling, tokenizer, video
 from actionclip.classifier import Prediction, VideoClassifier, VideoResult
+from actionclip.ensembling import interpolate
 from actionclip.errors import (
     ActionClipError,
     DownloadError,
@@ -31,6 +32,7 @@ __all__ = [
     "VideoResult",
     "WeightsError",
     "available_models",
+    "interpolate",
     "load",
     "losses",
     "sampling",

@@ -21,7 +21,7 @@ from actionclip.errors import InputError, VideoError
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.prompts import TEMPLATES, check_class_names, class_prompts
 from actionclip.sampling import view_indices
-from actionclip.similarity import EVALUATION_SCALE, fuse_templates, fuse_views
+from actionclip.similarity import EVALUATION_SCALE, fuse_logits
 from actionclip.tokenizer import tokenize, words
 from actionclip.transforms import normalize, views
 from actionclip.video import DecodedVideo, Limits, Span, decode
@@ -68,6 +68,9 @@ class VideoResult:
         message: one sentence for people, unless `status` is "ok".
         num_frames: frames in the video or span, if it could be decoded.
         prediction: None if `status` is "error".
+        logits: (V, P, K) float32 on the CPU, of V views, P templates and K labels, of which
+            `similarity.fuse_logits` makes the scores; with it, those among some of the labels
+            alone. None without a prediction.
     """
 
     path: str
@@ -76,6 +79,7 @@ class VideoResult:
     message: str | None = None
     num_frames: int | None = None
     prediction: Prediction | None = None
+    logits: Tensor | None = None
 
 
 class VideoClassifier:
@@ -83,7 +87,7 @@ class VideoClassifier:
 
     Args:
         model: any model of this package; it is put into eval mode.
-        labels: K distinct class names.
+        labels: K distinct class names; of a linear classifier, some of its own.
         templates: a name in `prompts.TEMPLATES`, or templates with one `{}` each; None is
             the model's own, those it was trained with.
         num_clips: temporal views of a video.
@@ -99,8 +103,8 @@ class VideoClassifier:
         strict: whether a damaged video is an error instead of being scored by what is left.
 
     Raises:
-        InputError: if the labels are empty, blank, double or too long, a template has
-            no `{}`, or a number is out of range.
+        InputError: if the labels are empty, blank, double, too long or unknown to a linear
+            classifier, a template has no `{}`, or a number is out of range.
     """
 
     def __init__(
@@ -129,8 +133,13 @@ class VideoClassifier:
             raise InputError(f"scale is {scale}, it must be positive and finite")
         if num_crops not in (1, 3):
             raise InputError(f"num_crops is {num_crops}; use 1 or 3")
+        if model.linear is not None and (templates is not None or raw_labels):
+            raise InputError(
+                "the model has a linear classifier and reads no sentences; leave out templates and "
+                "raw_labels"
+            )
         if templates is None:
-            templates = model.config.templates
+            templates = () if model.linear is not None else model.config.templates
         elif isinstance(templates, str):
             if templates not in TEMPLATES:
                 raise InputError(
@@ -150,8 +159,12 @@ class VideoClassifier:
         self.limits = limits or Limits()
         self.strict = strict
         self.preprocessing = model.preprocessing
-        prompts = class_prompts(templates, self.labels, raw_labels=raw_labels)
-        self.text_embeddings = encode_prompts(model, prompts).unflatten(0, (len(templates), -1))
+        if model.linear is None:
+            prompts = class_prompts(templates, self.labels, raw_labels=raw_labels)
+            self._warn_of_unknown_words(prompts)
+            self.text_embeddings = encode_prompts(model, prompts).unflatten(0, (len(templates), -1))
+        else:
+            self._positions = self._classifier_positions()
         if model.untrained:
             more = f" and {len(model.untrained) - 1} more" if len(model.untrained) > 1 else ""
             warnings.warn(
@@ -160,15 +173,29 @@ class VideoClassifier:
                 f"temporal={model.config.temporal!r}",
                 stacklevel=2,
             )
-        if model.config.vocabulary is not None:
-            known = set(model.config.vocabulary)
-            unknown = {word for prompt in prompts for word in words(prompt)} - known
-            if unknown:
-                warnings.warn(
-                    "labels use words that the model never learned: "
-                    f"{', '.join(sorted(unknown))}; it knows: {', '.join(sorted(known))}",
-                    stacklevel=2,
-                )
+
+    def _warn_of_unknown_words(self, prompts: Sequence[str]) -> None:
+        if self.model.config.vocabulary is None:
+            return
+        known = set(self.model.config.vocabulary)
+        unknown = {word for prompt in prompts for word in words(prompt)} - known
+        if unknown:
+            warnings.warn(
+                "labels use words that the model never learned: "
+                f"{', '.join(sorted(unknown))}; it knows: {', '.join(sorted(known))}",
+                stacklevel=3,
+            )
+
+    def _classifier_positions(self) -> list[int]:
+        """Return where the labels stand among the classes of the linear classifier."""
+        class_names = self.model.config.class_names
+        assert class_names is not None
+        if unknown := [label for label in self.labels if label not in class_names]:
+            raise InputError(
+                f"label {unknown[0]!r} is none of the {len(class_names)} classes of the model's "
+                "linear classifier, which can tell no others; train one with sentences for that"
+            )
+        return [class_names.index(label) for label in self.labels]
 
     def __call__(self, videos: Video | Tensor | Iterable[Video | Tensor]) -> Prediction:
         """Classify one video or a list of videos.
@@ -226,6 +253,7 @@ class VideoClassifier:
                 outcome.damage or None,
                 outcome.num_frames,
                 Prediction(self.labels, outcome.scores),
+                outcome.logits,
             )
 
     def _classify(self, videos: Iterable[Video | Tensor]) -> Iterator["_Outcome"]:
@@ -292,13 +320,18 @@ class VideoClassifier:
             return outcomes
         pixels = torch.cat([outcome.views for outcome in usable if outcome.views is not None])
         embeddings = torch.cat([self._encode(part) for part in pixels.split(self.batch_size)])
+        logits = self._compare(embeddings).float().cpu().unflatten(0, (len(usable), -1))
+        for outcome, own, scores in zip(usable, logits, fuse_logits(logits), strict=True):
+            outcome.logits, outcome.scores, outcome.views = own, scores, None
+        return outcomes
+
+    def _compare(self, embeddings: Tensor) -> Tensor:
+        """Return the logits (N, P, K) of embeddings (N, D) for P templates and K labels."""
+        if self.model.linear is not None:
+            return self.model.linear(embeddings.float())[:, None, self._positions]
         texts = self.text_embeddings
         logits = self.model.logits(embeddings, texts.flatten(0, 1), self.scale)
-        probs = fuse_templates(logits.unflatten(1, texts.shape[:2]))
-        scores = fuse_views(probs.unflatten(0, (len(usable), -1))).float().cpu()
-        for outcome, row in zip(usable, scores, strict=True):
-            outcome.scores, outcome.views = row, None
-        return outcomes
+        return logits.unflatten(1, texts.shape[:2])
 
     def _encode(self, pixels: Tensor) -> Tensor:
         """Encode views (N, T, 3, R, R) uint8 into (N, D)."""
@@ -316,6 +349,7 @@ class _Outcome:
     damage: str = ""
     error: VideoError | None = None
     scores: Tensor | None = None
+    logits: Tensor | None = None
 
 
 @torch.inference_mode()

@@ -67,3 +67,17 @@ def fuse_views(probs: Tensor) -> Tensor:
     Source: ActionCLIP (arXiv:2109.08472), multi-view testing.
     """
     return probs.mean(dim=-2)
+
+
+def fuse_logits(logits: Tensor) -> Tensor:
+    """Turn the logits of a video's views and templates into one probability per class.
+
+    Logits of a part of the classes give what these classes alone would have got.
+
+    Args:
+        logits: (..., V, P, K) for V views, P templates and K classes.
+
+    Returns:
+        (..., K) probabilities.
+    """
+    return fuse_views(fuse_templates(logits))

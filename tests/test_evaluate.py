@@ -22,18 +22,26 @@ from actionclip import evaluate as module
 from actionclip.annotations import Sample
 from actionclip.classifier import Prediction, VideoClassifier, VideoResult
 from actionclip.errors import InputError
-from actionclip.evaluate import Evaluation, Failure, StoppedError, evaluate
+from actionclip.evaluate import (
+    Evaluation,
+    Failure,
+    StoppedError,
+    draw_subsets,
+    evaluate,
+    evaluate_subsets,
+)
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
+from actionclip.similarity import fuse_logits
 from actionclip.weights import save
 
 LABELS = ["archery", "bowling", "juggling balls", "diving", "fencing"]
 
 
 class Oracle:
-    """Stands in for a classifier: scores by path, an error for those it does not know."""
+    """Stands in for a classifier: logits by path, an error for those it does not know."""
 
-    def __init__(self, scores: dict[str, list[float]], damaged: Iterable[str] = ()) -> None:
-        self.labels = tuple(LABELS[: len(next(iter(scores.values())))])
+    def __init__(self, scores: dict[str, list[Any]], damaged: Iterable[str] = ()) -> None:
+        self.labels = tuple(LABELS[: torch.tensor(next(iter(scores.values()))).shape[-1]])
         self.scores = scores
         self.damaged = damaged
         self.asked: list[str] = []
@@ -45,9 +53,10 @@ class Oracle:
             if path not in self.scores:
                 yield VideoResult(path, "error", "missing", "no such file")
                 continue
-            prediction = Prediction(self.labels, torch.tensor(self.scores[path]))
+            logits = torch.tensor(self.scores[path]).view(1, -1, len(self.labels))
+            prediction = Prediction(self.labels, fuse_logits(logits))
             status = "damaged" if path in self.damaged else "ok"
-            yield VideoResult(path, status, num_frames=9, prediction=prediction)
+            yield VideoResult(path, status, None, None, 9, prediction, logits)
 
 
 def one_hot(position: int, num_classes: int = 5) -> list[float]:
@@ -135,6 +144,115 @@ def test_wrong_lists_are_refused_before_the_first_video(samples, message: str) -
     assert oracle.asked == []
 
 
+def test_subsets_by_hand() -> None:
+    """Five videos of four classes, one damaged and one lost, among three subsets."""
+    oracle = Oracle(
+        {
+            "a": [5.0, 4.0, 0.0, 0.0, 0.0],
+            "b": [5.0, 4.0, 0.0, 0.0, 0.0],
+            "c": [0.0, 3.0, 2.0, 1.0, 0.0],
+            "d": [9.0, 9.0, 9.0, 1.0, 0.0],
+        },
+        damaged="c",
+    )
+    samples = [Sample(p, (label,)) for p, label in zip("axbcd", (0, 1, 1, 2, 3), strict=True)]
+    first, second, third = evaluate_subsets(
+        oracle, samples, [(0, 1), (2, 1), (4, 2)], multi_label=False
+    )
+    assert oracle.asked == ["a", "x", "b", "c"]  # no subset has the class of "d"
+    # Among archery and bowling "b" is wrong, among juggling and bowling right.
+    assert (first.num_videos, first.num_scored, first.num_damaged) == (3, 2, 0)
+    assert first.metrics == {"top1": pytest.approx(1 / 3), "mean_class_accuracy": 0.5}
+    assert [(row.name, row.num_videos) for row in first.per_class] == [
+        ("archery", 1),
+        ("bowling", 2),
+    ]
+    assert second.metrics["top1"] == pytest.approx(1 / 3)
+    assert [row.name for row in second.per_class] == ["juggling balls", "bowling"]
+    assert second.confusion.tolist() == [[0, 1], [0, 1]]
+    assert second.num_damaged == 1
+    assert [len(result.failures) for result in (first, second, third)] == [1, 1, 0]
+    # "c" is juggling, which nothing but diving, not asked for, would have beaten.
+    assert (third.num_videos, third.metrics["top1"]) == (1, 1.0)
+
+
+def test_classes_outside_of_a_subset_have_no_say() -> None:
+    """The first template is sure of diving, so that it counts only where diving is no choice."""
+    oracle = Oracle({"a": [[0.0, 2.0, 0.0, 10.0], [1.0, 0.0, 0.0, -10.0]]})
+    samples = [Sample("a", (1,))]
+    among_all, among_two = evaluate_subsets(
+        oracle, samples, [(0, 1, 2, 3), (0, 1)], multi_label=False
+    )
+    # Bowling has (exp(2) / (1 + exp(2)) + 1 / (1 + exp(1))) / 2 = 0.57 of archery and bowling.
+    assert among_two.metrics["top1"] == 1
+    assert among_all.confusion[1].tolist() == [0, 0, 0, 1]
+
+
+def test_subsets_of_several_labels() -> None:
+    oracle = Oracle({"a": [0.9, 0.1, 0.0], "b": [0.8, 0.2, 0.0], "c": [0.7, 0.3, 0.6]})
+    samples = [Sample("a", (0, 1)), Sample("b", ()), Sample("c", (0,)), Sample("d", (2,))]
+    (result,) = evaluate_subsets(oracle, samples, [(1, 0)], multi_label=True)
+    assert oracle.asked == ["a", "c"]
+    assert (result.num_videos, result.num_unlabelled, result.failures) == (2, 1, ())
+    assert [(row.name, row.num_videos) for row in result.per_class] == [
+        ("bowling", 1),
+        ("archery", 2),
+    ]
+    # Bowling is the second of the two videos, archery both.
+    assert result.metrics["mean_average_precision"] == pytest.approx((1 / 2 + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("subset", "message"),
+    [
+        ((), r"subset 2 of the classes is \[\]; it must hold positions from 0 to 4, each once"),
+        ((0, 0), r"subset 2 of the classes is \[0, 0\]"),
+        ((0, 5), r"subset 2 of the classes is \[0, 5\]"),
+        ((-1,), r"subset 2 of the classes is \[-1\]"),
+        ((1, 3), r"no video has a label in subset 2 of the classes \(2, such as 'bowling'\)"),
+    ],
+)
+def test_wrong_subsets_are_refused_before_the_first_video(subset, message: str) -> None:
+    oracle = Oracle({"a": one_hot(0)})
+    with pytest.raises(InputError, match=message):
+        evaluate_subsets(oracle, [Sample("a", (0,))], [(0,), subset], multi_label=False)
+    assert oracle.asked == []
+
+
+def test_draws_depend_on_seed_and_names_alone() -> None:
+    names = [f"action {i}" for i in range(220)]
+    subsets = draw_subsets(names, 3, 160, 0)
+    assert [len(subset) for subset in subsets] == [160] * 3
+    assert all(list(subset) == sorted({*subset}) for subset in subsets)
+    assert len({*subsets}) == 3
+    # What it drew when it was written: a result can be repeated years later.
+    assert draw_subsets(LABELS, 3, 2, 0) == [(0, 2), (0, 2), (1, 2)]
+    drawn = [{names[i] for i in subset} for subset in subsets]
+    backwards = [name.replace(" ", "_").upper() for name in reversed(names)]
+    again = draw_subsets(backwards, 3, 160, 0)
+    assert [{backwards[i].lower().replace("_", " ") for i in s} for s in again] == drawn
+    assert draw_subsets(names, 2, 160, 0) == subsets[:2]
+    assert not {*draw_subsets(names, 3, 160, 1)} & {*subsets}
+    # Every class is as likely: each is in 0.25 of many draws, give or take six deviations.
+    counts = torch.zeros(40)
+    for subset in draw_subsets(names[:40], 400, 10, 5):
+        counts[list(subset)] += 1
+    assert (counts / 400 - 0.25).abs().max() < 6 * (0.25 * 0.75 / 400) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("num_subsets", "size", "message"),
+    [
+        (0, 2, "0 subsets to draw, it must be at least 1"),
+        (3, 0, "subsets of 0 classes; take 1 to all 5"),
+        (3, 6, "subsets of 6 classes; take 1 to all 5"),
+    ],
+)
+def test_wrong_draws(num_subsets: int, size: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        draw_subsets(LABELS, num_subsets, size, 0)
+
+
 @pytest.fixture(scope="module")
 def model() -> ActionCLIP:
     model = ActionCLIP(ActionCLIPConfig(clip_config("tiny"), num_frames=4))
@@ -174,6 +292,40 @@ def test_real_videos(model: ActionCLIP, samples: list[Sample]) -> None:
     assert int(result.confusion.sum()) == 6
 
 
+def test_subsets_are_scored_as_if_there_were_no_other_classes(
+    model: ActionCLIP, samples: list[Sample]
+) -> None:
+    # Among five labels and among two, with all views and templates, the scores themselves.
+    few = [3, 1]
+    views = {"num_clips": 2, "num_crops": 3, "batch_size": 4}
+    paths = [sample.path for sample in samples[:2]]
+    of_all = VideoClassifier(model, LABELS, **views).stream(paths)
+    of_few = VideoClassifier(model, [LABELS[i] for i in few], **views).stream(paths)
+    for result, alone in zip(of_all, of_few, strict=True):
+        assert result.logits.shape == (6, 16, 5)
+        assert result.logits.dtype == torch.float32
+        assert torch.equal(fuse_logits(result.logits), result.prediction.scores)
+        scores = fuse_logits(result.logits[..., few])
+        torch.testing.assert_close(scores, alone.prediction.scores, rtol=0, atol=1e-6)
+        other = result.prediction.scores[few]
+        assert (other / other.sum() - scores).abs().max() > 1e-4  # not the same thing
+    # And the numbers made of them, also over the ranks of one evaluation.
+    subsets = [(3, 1), (0, 1, 2, 3, 4), (4, 0)]
+    seen: list[VideoResult] = []
+    results = evaluate_subsets(
+        VideoClassifier(model, LABELS), samples, subsets, multi_label=False, on_result=seen.append
+    )
+    assert len(seen) == len(samples)
+    for subset, result in zip(subsets, results, strict=True):
+        own = [
+            Sample(s.path, (subset.index(s.labels[0]),), s.start_seconds, s.end_seconds)
+            for s in samples
+            if s.labels[0] in subset
+        ]
+        classifier = VideoClassifier(model, [LABELS[i] for i in subset])
+        assert_same(result, evaluate(classifier, own, multi_label=False))
+
+
 def test_stopping_ends_early_and_leaves_no_threads(
     model: ActionCLIP, samples: list[Sample]
 ) -> None:
@@ -210,6 +362,22 @@ def test_any_number_of_ranks_gives_the_same(num_ranks: int, monkeypatch) -> None
         num_ranks, lambda: evaluate(oracle, samples, multi_label=True), monkeypatch
     ):
         assert_same(result, both)
+
+
+def test_any_number_of_ranks_gives_the_same_subsets(monkeypatch) -> None:
+    torch.manual_seed(0)
+    oracle = Oracle({path: torch.rand(5).tolist() for path in "abcdefg"}, damaged="cd")
+    samples = [Sample(path, (i % 5,)) for i, path in enumerate("xabycdzefg")]
+    subsets = [(4, 1), (1, 0, 3)]
+
+    def work() -> list[Evaluation]:
+        return evaluate_subsets(oracle, samples, subsets, multi_label=False)
+
+    alone = work()
+    assert [result.num_videos for result in alone] == [4, 6]
+    for results in in_threads(3, work, monkeypatch):
+        for result, other in zip(results, alone, strict=True):
+            assert_same(result, other)
 
 
 def in_threads(num_ranks: int, work: Callable[[], Any], monkeypatch) -> list[Any]:

@@ -12,6 +12,8 @@ LEVELS = [
     ["errors"],
     [
         "ahead",
+        "averaging",
+        "complexity",
         "distributed",
         "download",
         "fused_loss",
@@ -33,7 +35,7 @@ LEVELS = [
     ["augment", "labels", "losses", "models.clip", "models.temporal"],
     ["annotations", "models.actionclip"],
     ["conversion", "published", "recipe"],
-    ["classifier", "dataset", "weights"],
+    ["classifier", "dataset", "ensembling", "weights"],
     ["evaluate", "runs"],
     ["train"],
     ["cli.command"],

@@ -116,6 +116,53 @@ def test_curves_of_one_record(tmp_path: Path, records: list[dict], recwarn) -> N
         assert picture.size == (960, 960)
 
 
+def ratio(ratio: float, base: float, novel: float) -> dict:
+    metrics = {"base_top1": base, "novel_top1": novel, "harmonic_mean": 0.5}
+    return {"ratio": ratio, "metrics": metrics}
+
+
+def test_ratios_of_base_and_novel_labels(figure) -> None:
+    rows = [ratio(0, 0.5, 0.75), ratio(0.25, 0.625, 0.75), ratio(0.5, 0.75, 0.5)]
+    rows += [ratio(0.75, 0.75, 0.49), ratio(1, 0.75, 0.25)]
+    plots.draw_ratios(rows, "x.png")
+    over_ratio, trade_off = figure().axes
+    lines = {bars.get_label(): bars.lines[0] for bars in over_ratio.containers}
+    assert list(lines) == ["base top-1", "novel top-1", "harmonic mean"]
+    assert lines["novel top-1"].get_xdata().tolist() == [0, 0.25, 0.5, 0.75, 1]
+    assert lines["novel top-1"].get_ydata().tolist() == [75, 75, 50, 49, 25]
+    assert texts(over_ratio.get_legend().get_texts()) == list(lines)
+    (line,) = trade_off.lines
+    assert line.get_xdata().tolist() == [50, 62.5, 75, 75, 75]
+    assert line.get_ydata().tolist() == [75, 75, 50, 49, 25]
+    # Two points that lie together share a label.
+    assert {text.get_text(): text.xy for text in trade_off.texts} == {
+        "0": (50, 75),
+        "0.25": (62.5, 75),
+        "0.5, 0.75": (75, 49),
+        "1": (75, 25),
+    }
+
+
+def test_ratios_with_deviations(figure) -> None:
+    rows = [
+        {"ratio": 0.0, "metrics": {"top1": 0.5, "top5": 0.75}, "std": {"top1": 0.25, "top5": 0}},
+        {"ratio": 1.0, "metrics": {"top1": 0.75, "top5": 1.0}, "std": {"top1": 0.125, "top5": 0}},
+    ]
+    plots.draw_ratios(rows, "x.png")
+    (axes,) = figure().axes
+    top1, top5 = axes.containers
+    assert (top1.get_label(), top5.get_label()) == ("top-1", "top-5")
+    (bars,) = top1.lines[2]
+    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[25, 75], [62.5, 87.5]]
+
+
+def test_one_ratio_is_drawn_to_a_file(tmp_path: Path, recwarn) -> None:
+    plots.draw_ratios([ratio(0.5, 0.5, 0.5)], str(tmp_path / "ratios.png"))
+    assert not recwarn.list
+    with Image.open(tmp_path / "ratios.png") as picture:
+        assert picture.size == (1320, 540)
+
+
 def test_nothing_to_draw() -> None:
     with pytest.raises(InputError, match=r"nothing to draw in x\.png"):
         plots.draw_curves([], "x.png")

@@ -8,6 +8,7 @@ import torch
 from actionclip.similarity import (
     EVALUATION_SCALE,
     cosine_logits,
+    fuse_logits,
     fuse_templates,
     fuse_views,
     normalize,
@@ -34,6 +35,17 @@ def test_probabilities_by_hand():
     views = torch.stack([logits.softmax(dim=-1)[0], expected]).unsqueeze(0)
     by_view = torch.tensor([[(0.25 + 0.575) / 2, (0.75 + 0.425) / 2]], dtype=torch.float64)
     torch.testing.assert_close(fuse_views(views), by_view, rtol=1e-15, atol=0)
+
+
+def test_views_and_templates_are_fused_together():
+    # Two views, one template, two classes: softmax of (0, ln 3) and of (ln 9, 0).
+    logits = torch.tensor([[[0.0, math.log(3), 7.0]], [[math.log(9), 0.0, 7.0]]])
+    expected = torch.tensor([(0.25 + 0.9) / 2, (0.75 + 0.1) / 2])
+    torch.testing.assert_close(fuse_logits(logits[..., :2]), expected)
+    many = torch.randn(4, 3, 2, 5)
+    for one, fused in zip(many, fuse_logits(many), strict=True):
+        mean = sum(one[v, p].softmax(0) for v in range(3) for p in range(2)) / 6
+        torch.testing.assert_close(fused, mean)
 
 
 def test_golden_probabilities():

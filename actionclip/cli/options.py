@@ -11,13 +11,13 @@ from actionclip.annotations import VideoList, read_video_list
 from actionclip.classifier import VideoClassifier
 from actionclip.errors import InputError
 from actionclip.labels import read_labels, read_templates
-from actionclip.models.actionclip import TEMPORAL
+from actionclip.models.actionclip import TEMPORAL, ActionCLIP
 from actionclip.precision import PRECISION_NAMES, PRECISIONS, automatic_dtype
 from actionclip.weights import load
 
 
-def add_data_options(group: Any, data: str = "the data") -> None:
-    """Add what helps to read a data set."""
+def add_data_options(group: Any, data: str = "the data", *, several_splits: bool = False) -> None:
+    """Add what helps to read a data set, or several splits of one."""
     group.add_argument("--videos", metavar="DIR", help="folder that the paths of a list start from")
     group.add_argument(
         "--labels",
@@ -25,7 +25,13 @@ def add_data_options(group: Any, data: str = "the data") -> None:
         help="the classes: .txt with a label a line, or .csv with columns id,name "
         f"(default: those that {data} names)",
     )
-    group.add_argument("--split", metavar="S", help=f"part of {data}, such as train1 or val")
+    group.add_argument(
+        "--split",
+        metavar="S",
+        nargs="+" if several_splits else None,
+        help=f"part of {data}, such as train1 or val"
+        + ("; of several, the mean is reported" if several_splits else ""),
+    )
 
 
 def read_data(args: argparse.Namespace, data: str) -> VideoList:
@@ -103,12 +109,9 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_classifier(
-    args: argparse.Namespace, labels: Sequence[str], device: torch.device
-) -> VideoClassifier:
-    """Load the model and make the classifier that the options above ask for."""
-    templates = None if args.templates is None else read_templates(args.templates)
-    model = load(
+def load_model(args: argparse.Namespace, device: torch.device) -> ActionCLIP:
+    """Load the model that the options above ask for."""
+    return load(
         args.model,
         temporal=args.temporal,
         num_frames=args.frames,
@@ -116,6 +119,13 @@ def build_classifier(
         dtype=PRECISIONS[pick_precision(args.precision, device)],
         activation=args.activation,
     )
+
+
+def build_classifier(
+    args: argparse.Namespace, labels: Sequence[str], model: ActionCLIP
+) -> VideoClassifier:
+    """Make the classifier that the options above ask for."""
+    templates = None if args.templates is None else read_templates(args.templates)
     return VideoClassifier(
         model,
         labels,

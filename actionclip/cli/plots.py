@@ -4,7 +4,7 @@ Nothing else of the package needs matplotlib: it is imported when something is d
 window is opened and no global state of matplotlib is touched.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,6 +27,9 @@ METRICS = {
     "top5": "top-5",
     "mean_class_accuracy": "mean class accuracy",
     "mean_average_precision": "mAP",
+    "base_top1": "base top-1",
+    "novel_top1": "novel top-1",
+    "harmonic_mean": "harmonic mean",
 }
 
 
@@ -112,6 +115,65 @@ def draw_curves(records: Iterable[Mapping[str, Any]], path: str) -> None:
         if axes is not loss and axes.lines:
             axes.legend(frameon=False)
     _save(figure, path)
+
+
+def draw_ratios(rows: Sequence[Mapping[str, Any]], path: str) -> None:
+    """Draw the accuracies of models between two others, over the ratio of their weights.
+
+    With base and novel classes a second picture has the accuracy among the one over that among
+    the other, a point for each ratio: the better, the further to the upper right.
+
+    Args:
+        rows: for each ratio, ascending, `ratio`, `metrics` and perhaps `std`, as in the results
+            of an evaluation.
+        path: the .png file.
+
+    Raises:
+        MissingExtraError: if matplotlib is not installed.
+        OutputError: if the file cannot be written.
+
+    Source: WiSE-FT (arXiv:2109.01903), Figure 1.
+    """
+    has_novel = "novel_top1" in rows[0]["metrics"]
+    figure = _new_figure(11 if has_novel else 6, 4.5, "constrained")
+    over_ratio, *trade_off = figure.subplots(1, 1 + has_novel, squeeze=False)[0]
+    look = {"marker": "o", "markersize": 4, "linewidth": 1.2}
+    ratios = [row["ratio"] for row in rows]
+    for key, name in METRICS.items():
+        if key in rows[0]["metrics"]:
+            values = [100 * row["metrics"][key] for row in rows]
+            errors = [100 * row["std"][key] for row in rows] if "std" in rows[0] else None
+            over_ratio.errorbar(ratios, values, errors, label=name, capsize=3, **look)
+    over_ratio.set_xlabel("ratio (0: pretrained, 1: fine-tuned)")
+    over_ratio.set_ylabel("accuracy (%)")
+    over_ratio.legend(frameon=False)
+    for axes in trade_off:
+        points = np.array(
+            [[100 * row["metrics"][key] for key in ("base_top1", "novel_top1")] for row in rows]
+        )
+        axes.plot(*points.T, **look)
+        for text, point in _labels_apart([f"{ratio:g}" for ratio in ratios], points):
+            axes.annotate(text, point, xytext=(5, 5), textcoords="offset points")
+        axes.margins(0.12)
+        axes.set_xlabel("top-1 among tuned (base) labels (%)")
+        axes.set_ylabel("top-1 among unseen (novel) labels (%)")
+    for axes in (over_ratio, *trade_off):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _labels_apart(
+    texts: Sequence[str], points: np.ndarray
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Yield labels and points (N, 2), one label for neighbours that are too close for two."""
+    span = np.maximum(np.ptp(points, axis=0), 1e-9)
+    start = 0
+    for end in range(1, len(points) + 1):
+        is_last = end == len(points)
+        if is_last or (np.abs(points[end] - points[start]) > 0.06 * span).any():
+            yield ", ".join(texts[start:end]), (points[end - 1][0], points[end - 1][1])
+            start = end
 
 
 def _shade(fractions: np.ndarray) -> np.ndarray:

@@ -74,7 +74,8 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
         raise InputError(f"--top-k is {args.top_k}, it must be at least 1")
     refuse_mixed_up_files(args)
     labels = read_labels(args.labels)
-    classifier = options.build_classifier(args, labels, options.pick_device(args.device))
+    model = options.load_model(args, options.pick_device(args.device))
+    classifier = options.build_classifier(args, labels, model)
     paths: Iterable[str] = expand(args.videos)
     if "-" not in args.videos:
         paths = list(paths)  # so that the progress bar knows where it ends
