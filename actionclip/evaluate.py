@@ -27,7 +27,7 @@ from actionclip.metrics import (
     top_k_accuracy,
 )
 from actionclip.prompts import comparison_key
-from actionclip.similarity import fuse_logits
+from actionclip.similarity import fuse_logits, mean_logits
 from actionclip.video import Span
 
 
@@ -153,7 +153,7 @@ def evaluate_subsets(
 
     A video counts in the subsets that hold a label of it, and has to be told from the classes
     of that subset alone, as if the classifier knew no others. Videos of no subset are not
-    decoded.
+    decoded. The classes of multi-label videos are ranked by mean similarity, without a softmax.
 
     Args:
         classifier: its labels are the classes.
@@ -176,7 +176,9 @@ def evaluate_subsets(
     _check_subsets(subsets, samples, classifier.labels)
     covered = set().union(*subsets)
     used = [sample for sample in samples if covered.intersection(sample.labels)]
-    part = _score(classifier, used[rank() :: world_size()], subsets, on_result, should_stop)
+    share = used[rank() :: world_size()]
+    fuse = mean_logits if multi_label else fuse_logits
+    part = _score(classifier, share, subsets, fuse, on_result, should_stop)
     parts: list[_Part] = gather_objects(part)
     if any(part.stopped for part in parts):
         raise StoppedError
@@ -316,6 +318,7 @@ def _score(
     classifier: VideoClassifier,
     samples: Sequence[Sample],
     subsets: Sequence[Sequence[int]],
+    fuse: Callable[[Tensor], Tensor],
     on_result: Callable[[VideoResult], None] | None,
     should_stop: Callable[[], bool] | None,
 ) -> _Part:
@@ -334,7 +337,7 @@ def _score(
                 part.failures[i] = Failure(result.path, "not-finite", message)
             else:
                 for scores, subset in zip(part.scores, subsets, strict=True):
-                    scores[i] = fuse_logits(result.logits[..., list(subset)])
+                    scores[i] = fuse(result.logits[..., list(subset)])
                 if result.status == "damaged":
                     part.damaged.add(i)
             if on_result is not None:

@@ -81,3 +81,17 @@ def fuse_logits(logits: Tensor) -> Tensor:
         (..., K) probabilities.
     """
     return fuse_views(fuse_templates(logits))
+
+
+def mean_logits(logits: Tensor) -> Tensor:
+    """Average the logits of a video's views and templates, each class by itself.
+
+    For videos of several classes, which a softmax would let compete with each other.
+
+    Args:
+        logits: (..., V, P, K) for V views, P templates and K classes.
+
+    Returns:
+        (..., K) logits.
+    """
+    return logits.mean(dim=(-3, -2))

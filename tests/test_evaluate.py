@@ -112,6 +112,14 @@ def test_multi_label_by_hand() -> None:
     assert result.confusion is None
 
 
+def test_several_classes_do_not_compete() -> None:
+    # After a softmax class 0 would be likelier in "b", which is not of it, than in "a".
+    oracle = Oracle({"a": [2.0, 2.0, 0.0], "b": [1.0, -9.0, 0.0]})
+    samples = [Sample("a", (0, 1)), Sample("b", (2,))]
+    result = evaluate(oracle, samples, multi_label=True)
+    assert result.per_class[0].metrics == {"average_precision": 1.0}
+
+
 def test_below_five_classes_there_is_no_top5() -> None:
     oracle = Oracle({"a": one_hot(0, 4)})
     result = evaluate(oracle, [Sample("a", (0,))], multi_label=False)

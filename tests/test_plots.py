@@ -84,6 +84,7 @@ def test_curves_hold_the_records(figure) -> None:
         train(10, 2.0),  # after a resume
         train(20, math.nan),
         {"kind": "eval", "step": 20, "epoch": 2, "top1": 0.625, "top5": 1.0},
+        {"kind": "average", "step": 20, "epoch": 2, "top1": 0.75},
     ]
     plots.draw_curves(iter(records), "x.png")
     loss, rate, accuracy = figure().axes
@@ -96,9 +97,14 @@ def test_curves_hold_the_records(figure) -> None:
     }
     assert {line.get_label(): line.get_ydata().tolist() for line in accuracy.lines} == {
         "top-1": [50, 62.5],
+        "top-1, average of epochs": [75],
         "top-5": [75, 100],
     }
-    assert texts(accuracy.get_legend().get_texts()) == ["top-1", "top-5"]
+    assert texts(accuracy.get_legend().get_texts()) == [
+        "top-1",
+        "top-1, average of epochs",
+        "top-5",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -88,10 +88,10 @@ def draw_curves(records: Iterable[Mapping[str, Any]], path: str) -> None:
         MissingExtraError: if matplotlib is not installed.
         OutputError: if the file cannot be written.
     """
-    steps: dict[str, dict[int, Mapping[str, Any]]] = {"train": {}, "eval": {}}
+    steps: dict[str, dict[int, Mapping[str, Any]]] = {"train": {}, "eval": {}, "average": {}}
     for record in records:
         steps[record["kind"]][record["step"]] = record
-    train, evaluations = ([by[s] for s in sorted(by)] for by in steps.values())
+    train, evaluations, averages = ([by[s] for s in sorted(by)] for by in steps.values())
     if not train and not evaluations:
         raise InputError(f"nothing to draw in {path}: the run has no metrics yet")
     figure = _new_figure(8, 8, "constrained")
@@ -105,6 +105,9 @@ def draw_curves(records: Iterable[Mapping[str, Any]], path: str) -> None:
     for key, name in METRICS.items():
         having = [record for record in evaluations if key in record]
         _draw_line(accuracy, having, [100 * record[key] for record in having], name, marker="o")
+        having = [record for record in averages if key in record]
+        values = [100 * record[key] for record in having]
+        _draw_line(accuracy, having, values, f"{name}, average of epochs", marker="*")
     loss.set_ylabel("loss")
     rate.set_ylabel("learning rate")
     accuracy.set_ylabel("accuracy (%)")

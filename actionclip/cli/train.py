@@ -636,7 +636,7 @@ def tell(text: str) -> None:
 
 def draw(folder: RunFolder) -> None:
     """Draw the curves, if matplotlib is there and there is something to draw."""
-    records = [record for record in folder.records("metrics") if record["kind"] != "average"]
+    records = folder.records("metrics")
     if records:
         try:
             draw_curves(records, str(folder.path / "curves.png"))
