@@ -1,0 +1,234 @@
+"""Every command that the paper's tables print runs, on data in the formats that it expects."""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from golden_files import clip_config, write_archive
+
+from actionclip import weights
+from actionclip.cli import eval as eval_command
+from actionclip.cli import train as train_command
+from actionclip.published import MODELS
+from actionclip.runs import RunFolder
+from actionclip.synthetic import MOTIONS, sentence, write_clip
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+from paper_rows import TABLES  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FULL = [
+    command.replace("$seed", "0")
+    for table in TABLES.values()
+    for row in table.rows
+    for command in row.full
+]
+FULL = list(dict.fromkeys(FULL))
+# In the place of what a GPU does in days: a few steps, and enough frames to go every way.
+SMALL = {
+    "actionclip-train": "--batch-size 4 --epochs 2 --frames 2 --workers 0 --log-every 1 "
+    "--device cpu --precision fp32",
+    "actionclip-eval": "--device cpu --precision fp32 --workers 1",
+}
+TEXTS = [sentence("red", "circle", motion) for motion in MOTIONS[:4]]
+
+
+def output_of(command: str) -> str | None:
+    """Return what a command writes."""
+    words = shlex.split(command)
+    return words[words.index("--output") + 1] if "--output" in words else None
+
+
+WRITER = {output_of(command): command for command in FULL}
+
+
+def needed_by(command: str) -> Iterator[str]:
+    """Return the commands that write what this one reads."""
+    for word in shlex.split(command):
+        if word.startswith("runs/") and word != output_of(command):
+            yield WRITER[str(Path(word).parent)]
+
+
+NEEDED = {
+    Path(other).name for command in FULL for other in map(output_of, needed_by(command)) if other
+}
+
+
+def write_csv(path: Path, header: str, rows: list[tuple[object, ...]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header.split(","))
+        writer.writerows(rows)
+
+
+def write_videos(paths: dict[Path, str]) -> None:
+    for i, (path, text) in enumerate(paths.items()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_clip(path, text, i)
+
+
+def write_kinetics(folder: Path, part: str, names: list[str], clips: int, classes: int = 0) -> None:
+    """Write one list of Kinetics and its videos; further classes have none on this disk."""
+    rows, videos = [], {}
+    for i, name in enumerate(names):
+        for clip in range(clips):
+            key = f"{i:02d}{clip:02d}_abcdefg"
+            rows.append((name, key, 10 * clip, 10 * clip + 10, part))
+            file = f"{key}_{10 * clip:06d}_{10 * clip + 10:06d}.mp4"
+            videos[folder / part / name / file] = TEXTS[i % len(TEXTS)]
+    rows += [(f"never recorded number {i}", f"missing{i:04d}", 0, 10, part) for i in range(classes)]
+    write_csv(folder / f"{part}.csv", "label,youtube_id,time_start,time_end,split", rows)
+    write_videos(videos)
+
+
+def write_data(root: Path) -> None:
+    """Write a few clips of each data set in its official layout."""
+    kinetics = ["abseiling", "air drumming", "archery", "arm wrestling"]
+    write_kinetics(root / "k400", "train", kinetics, 2)
+    write_kinetics(root / "k400", "val", kinetics, 1)
+    write_kinetics(
+        root / "k600", "val", [*kinetics[:2], "acting in play", "alligator wrestling"], 1, 158
+    )
+
+    hmdb = ["brush_hair", "cartwheel", "catch", "chew"]
+    ucf = ["ApplyEyeMakeup", "ApplyLipstick", "Archery", "BabyCrawling"]
+    videos = {}
+    ucf_lists: dict[str, list[str]] = {}
+    for i, (name, camel) in enumerate(zip(hmdb, ucf, strict=True)):
+        for part in range(4):
+            file = f"clip_{name}_{part}_f_cm_np1_ba_med_0.avi"
+            videos[root / "hmdb51/hmdb51_org" / name / file] = TEXTS[i]
+            # Clip 0 is for training; each other one is in the test part of its own split.
+            for split in (1, 2, 3):
+                mark = 2 if part == split else int(part == 0)
+                path = root / f"hmdb51/splits/{name}_test_split{split}.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "a") as list_file:
+                    list_file.write(f"{file} {mark}\n")
+            file = f"{camel}/v_{camel}_g0{part + 1}_c01.avi"
+            videos[root / "ucf101/UCF-101" / file] = TEXTS[i]
+            if part:
+                ucf_lists.setdefault(f"testlist0{part}", []).append(file)
+            else:
+                ucf_lists.setdefault("trainlist01", []).append(f"{file} {i + 1}")
+    write_videos(videos)
+    lists = root / "ucf101/ucfTrainTestlist"
+    lists.mkdir(parents=True)
+    for part, lines in ucf_lists.items():
+        (lists / f"{part}.txt").write_text("\n".join(lines) + "\n")
+    (lists / "classInd.txt").write_text("".join(f"{i + 1} {n}\n" for i, n in enumerate(ucf)))
+
+    charades = root / "charades"
+    header = (
+        "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length"
+    )
+    for part, ids in (("train", "ABCDEFGH"), ("test", "STUV")):
+        rows = [
+            (id_ * 5, "S1", "Den", 6, 7, "Yes", "A person.", "box", "They.", actions, 1.5)
+            for id_, actions in zip(
+                ids,
+                ["c000 0.00 0.70;c002 0.60 1.40", "c001 0.20 9.00", "c003 0.00 1.00"] * 3,
+                strict=False,
+            )
+        ]
+        write_csv(charades / f"Charades_v1_{part}.csv", header, rows)
+        write_videos({charades / f"Charades_v1_480/{row[0]}.mp4": TEXTS[0] for row in rows})
+    names = ["Holding some clothes", "Putting clothes somewhere", "Taking a box", "Opening a door"]
+    lines = [f"c{i:03d} {name}" for i, name in enumerate(names)]
+    (charades / "Charades_v1_classes.txt").write_text("\n".join(lines) + "\n")
+
+    both = [(path.relative_to(root), path.parent.name) for path in root.glob("k400/val/*/*.mp4")]
+    both += [
+        (path.relative_to(root), path.parent.name) for path in root.glob("hmdb51/*_org/*/*1_f*")
+    ]
+    write_csv(root / "k400_and_hmdb51.csv", "path,label", both)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("paper")
+    write_data(folder)
+    return folder
+
+
+class Runner:
+    """Runs a command after those that it needs, each once; archives stand for published names."""
+
+    def __init__(self, root: Path, archives: dict[str, str]) -> None:
+        self.root = root
+        self.archives = archives  # published name -> configuration of the filled archive
+        self.done: set[str] = set()
+
+    def fetch(self, name: str, download_root: object) -> str:
+        shape = self.archives[name]
+        path = self.root / f"{shape.replace('/', '-')}.pt"
+        return str(path if path.exists() else write_archive(path, shape))
+
+    def run(self, command: str) -> None:
+        if command in self.done:
+            return
+        for other in needed_by(command):
+            self.run(other)
+        program, *argv = shlex.split(command)
+        main = {"actionclip-train": train_command.main, "actionclip-eval": eval_command.main}
+        assert main[program]([*argv, *SMALL[program].split()]) == 0, command
+        if program == "actionclip-train":
+            run = self.root / argv[argv.index("--output") + 1]
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in lines if line["kind"] == "train"][:2] == [1, 2]
+            if run.name not in NEEDED:
+                shutil.rmtree(run)  # large models would fill the disk
+        self.done.add(command)
+
+
+@pytest.fixture(scope="module")
+def small(root: Path) -> Runner:
+    return Runner(root, dict.fromkeys(("ViT-B/32", "ViT-B/16"), "tiny") | {"RN50": "tiny-rn"})
+
+
+@pytest.fixture(scope="module")
+def large(root: Path) -> Runner:
+    # ViT-B/16 would be four times slower and differs from ViT-B/32 in one number.
+    return Runner(root, dict.fromkeys(("ViT-B/32", "ViT-B/16"), "ViT-B/32") | {"RN50": "RN50"})
+
+
+def check(runner: Runner, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_fetch", runner.fetch)
+    for name, shape in runner.archives.items():
+        monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=clip_config(shape)))
+    # What other tests look at, and takes most of the time.
+    monkeypatch.setattr(RunFolder, "save_state", lambda self, state: None)
+    monkeypatch.setattr(train_command, "draw", lambda folder: None)
+    monkeypatch.chdir(runner.root)
+    runner.run(command)
+
+
+# Commands that differ in numbers only, such as shots, go the same way.
+KINDS = list({re.sub(r"\d+", "", command): command for command in FULL}.values())
+
+
+@pytest.mark.filterwarnings("ignore:the model holds untrained weights")
+@pytest.mark.parametrize("command", KINDS)
+def test_each_kind_of_full_command_runs(
+    small: Runner, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(small, command, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the model holds untrained weights")
+@pytest.mark.parametrize("command", FULL)
+def test_every_full_command_runs_with_a_large_model(
+    large: Runner, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(large, command, monkeypatch)
