@@ -98,14 +98,9 @@ def main() -> None:
     path = RESULTS / "paper_tables.json"
     document = json.loads(path.read_text()) if path.exists() else {}
     for name in args.table or names:
-        started = time.monotonic()
-        if name == "7":
-            content = measure_cost()
-        else:
-            args.folder.mkdir(parents=True, exist_ok=True)
-            content = run_table(TABLES[name], args.folder)
-        minutes = round((time.monotonic() - started) / 60, 1)
-        document[name] = {"machine": machine(), "minutes": minutes, **content}
+        args.folder.mkdir(parents=True, exist_ok=True)
+        content = measure_cost() if name == "7" else run_table(TABLES[name], args.folder)
+        document[name] = {"machine": machine(), **content}
         document = {key: document[key] for key in names if key in document}
         path.write_text(json.dumps(document, indent=1) + "\n")
         if name == "figure3":
@@ -118,10 +113,11 @@ def main() -> None:
 
 def run_table(table: Table, folder: Path) -> dict[str, Any]:
     """Run the steps of a table that were not run yet; returns its rows with their numbers."""
-    rows = {}
+    rows, seconds = {}, {}
     for row in table.rows:
-        found = [run_step(step, folder) for step in row.twin]
-        scores = [each for each in found if each is not None]
+        records = [run_step(step, folder) for step in row.twin]
+        seconds |= {record["command"]: record["seconds"] for record in records}
+        scores = [record["result"] for record in records if record["result"] is not None]
         if not scores:
             continue
         # Several evaluations are those of several seeds.
@@ -131,19 +127,19 @@ def run_table(table: Table, folder: Path) -> dict[str, Any]:
             **{key: value for key, value in scores[-1].items() if key != "metrics"},
             "metrics": metrics,
             "seeds": [m.get("top1") for m in per_seed] if len(per_seed) > 1 else None,
-            "commands": [command_line(step) for step in row.twin],
+            "commands": [record["command"] for record in records],
         }
-    return {"rows": rows}
+    return {"seconds": seconds, "rows": rows}
 
 
-def run_step(step: Step, folder: Path) -> dict[str, Any] | None:
-    """Run a step unless it is done; returns the result of an evaluation."""
+def run_step(step: Step, folder: Path) -> dict[str, Any]:
+    """Run a step unless it is done; returns its command, seconds and, of an evaluation, result."""
     command = command_line(step)
     done = folder / "done" / f"{step.command}-{step.name}.json"
     if done.exists():
         record = json.loads(done.read_text())
         if record["command"] == command:
-            return record["result"]
+            return record
     for name in inputs(step):
         make_input(name, folder)
     print(command, flush=True)
@@ -166,7 +162,7 @@ def run_step(step: Step, folder: Path) -> dict[str, Any] | None:
     }
     done.parent.mkdir(exist_ok=True)
     done.write_text(json.dumps(record))
-    return result
+    return record
 
 
 def command_line(step: Step) -> str:
@@ -303,6 +299,7 @@ def measure_cost() -> dict[str, Any]:
         with torch.inference_mode():
             models[key].encode_video(torch.zeros(1, key[1], 3, 224, 224))
 
+    started = time.monotonic()
     torch.set_num_threads(2)
     rounds = interleave({key: lambda key=key: encode(key) for key in COSTS}, repeats=5)
     torch.set_num_threads(1)
@@ -314,9 +311,9 @@ def measure_cost() -> dict[str, Any]:
         rows[f"{key[0]}, {key[1]} frames"] = {
             "multiply_adds": by_operator,
             "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},
-            "videos_per_second": [round(1 / s, 3) for s in sorted(rounds[key].wall)],
+            "videos_per_second": sorted(round(1 / s, 3) for s in rounds[key].wall),
         }
-    return {"rows": rows}
+    return {"seconds": {"timing": round(time.monotonic() - started, 1)}, "rows": rows}
 
 
 def count(model: ActionCLIP) -> dict[str, int]:
@@ -337,6 +334,10 @@ def page(document: dict[str, Any]) -> str:
     for name, content in document.items():
         write = cost_section if name == "7" else table_section
         parts.append(write(name, content))
+    seconds: dict[str, float] = {}
+    for content in document.values():
+        seconds |= content["seconds"]
+    parts.insert(1, f"All of it together took {sum(seconds.values()) / 60:.0f} minutes.\n")
     return "\n".join(parts)
 
 
@@ -453,8 +454,9 @@ def standard_error(row: dict[str, Any], metric: str) -> float:
 def when(content: dict[str, Any]) -> str:
     where = content["machine"]
     versions = where["versions"]
+    minutes = sum(content["seconds"].values()) / 60
     return (
-        f"{where['date']}, {content['minutes']:g} minutes (runs of other tables used again), "
+        f"{where['date']}, {minutes:.0f} minutes, those that other tables share included; "
         f"{where['cores']} cores, {where['cpu']}, actionclip {versions['actionclip']}, torch "
         f"{versions['torch']}."
     )

@@ -22,7 +22,8 @@ from actionclip.synthetic import MOTIONS, sentence, write_clip
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
-from paper_rows import TABLES  # noqa: E402
+import paper_tables  # noqa: E402
+from paper_rows import TABLES, Row, Table  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -232,3 +233,55 @@ def test_every_full_command_runs_with_a_large_model(
     large: Runner, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check(large, command, monkeypatch)
+
+
+def test_every_table_has_its_rows_and_claims_about_them() -> None:
+    assert [name for name in TABLES if name.isdigit()] == [*"12345689"]  # 7 trains nothing
+    for table in TABLES.values():
+        names = [row.name for row in table.rows]
+        assert len(set(names)) == len(names)
+        twins = {row.name for row in table.rows if row.twin}
+        assert {name for claim in table.claims for name in claim} <= twins
+
+
+def test_steps_of_the_same_name_are_the_same() -> None:
+    steps = {step for table in TABLES.values() for row in table.rows for step in row.twin}
+    assert len({(step.command, step.name) for step in steps}) == len(steps)
+
+
+def test_the_twins_parse() -> None:
+    for step in (step for table in TABLES.values() for row in table.rows for step in row.twin):
+        _, *argv = shlex.split(paper_tables.command_line(step))
+        command = {"train": train_command, "eval": eval_command}[step.command]
+        command.build_parser().parse_args(argv)
+
+
+def result(top1: float, **more: object) -> dict[str, object]:
+    return {"metrics": {"top1": top1, "top5": 1.0}, "videos": 400, **more}
+
+
+def test_what_is_said_follows_from_the_numbers() -> None:
+    rows = tuple(Row(name, "", ()) for name in "abc")
+    table = Table("", "", rows, (("a", "b"), ("b", "c"), ("c", "a")))
+    # Standard errors are below 2.5 points, so 3 points are a tie and 20 are not.
+    found = {"a": result(0.70), "b": result(0.50), "c": result(0.47)}
+    assert paper_tables.verdict(table, found) == (
+        "The twin agrees with a over b (70.0 against 50.0). It cannot tell b over c (50.0 against "
+        "47.0). It **disagrees** with c over a (47.0 against 70.0)."
+    )
+    # With seeds it is their spread that counts.
+    found["b"], found["c"] = (result(p, seeds=[p - 0.01, p, p + 0.01]) for p in (0.50, 0.47))
+    assert "agrees with a over b (70.0 against 50.0); b over c (50.0 against 47.0)." in (
+        paper_tables.verdict(table, found)
+    )
+
+
+@pytest.mark.parametrize(
+    ("unseen", "said"), [((10, 30, 20), "agrees"), ((10, 20, 30), "disagrees")]
+)
+def test_what_is_said_of_ratios(unseen: tuple[int, ...], said: str) -> None:
+    ratios = [
+        {"ratio": r, "metrics": {"base_top1": 0.5, "novel_top1": p / 100, "harmonic_mean": 0}}
+        for r, p in zip((0, 0.5, 1), unseen, strict=True)
+    ]
+    assert said in paper_tables.ratio_verdict(ratios).replace("*", "").split()

@@ -506,12 +506,13 @@ def table(results: dict[str, Any], data: Sequence[str]) -> str:
         f"--{option} {' '.join(value) if isinstance(value, list) else value}"
         for option, value in results.get("protocol", {}).items()
     )
+    templates = len(settings["templates"])
+    text = f"{templates} templates" if templates else "linear classifier"
     rows = [
         *zip(["data", *[""] * len(data)], data, strict=False),
         ("model", f"{model['name']}: {model['temporal']}, {model['frames']} frames of "
          f"{model['resolution']} pixels"),
-        ("views", f"{settings['clips']} temporal x {settings['crops']} spatial, "
-         f"{len(settings['templates'])} templates"),
+        ("views", f"{settings['clips']} temporal x {settings['crops']} spatial, {text}"),
         ("with", f"actionclip {results['actionclip']}, {settings['precision']} on "
          f"{settings['device']}"),
         *([("options", given)] if given else []),
