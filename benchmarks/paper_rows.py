@@ -180,7 +180,7 @@ def _few(shots: int, run: str, options: str = "") -> tuple[Step, ...]:
 
 def _backbone_twin(kind: str) -> tuple[Step, ...]:
     start = f"--model {{w}}/{kind}.safetensors --new-head --from-scratch image {SENTENCES}"
-    return _learned(kind, f"{start} {TRANSF} --frames 4 --epochs 12")
+    return _learned(kind, f"{start} {TRANSF} --frames 4")
 
 
 def _frames_twin(frames: int) -> tuple[Step, ...]:
@@ -367,8 +367,7 @@ TABLES: dict[str, Table] = {
         "Which backbone, and how many frames?",
         "Transf, Kinetics-400, single view. Twin: 4, 8 and 16 frames stand for 8, 16 and 32. There "
         "are no pre-trained small encoders of other shapes, so the first three rows start with "
-        "random image encoders (a ResNet of 64 pixels; 48 pixels in 4 patches, and in 16) and "
-        "learn for 12 epochs.",
+        "random image encoders (a ResNet of 64 pixels; 48 pixels in 4 patches, and in 16).",
         (
             Row(
                 "RN50, 8 frames",

@@ -71,8 +71,8 @@ BACKBONES = {
         "image_resolution": 64,
         "vision_patch_size": None,
         "vision_layers": (1, 1, 1, 1),
-        "vision_width": 16,
-        "vision_heads": 8,
+        "vision_width": 8,
+        "vision_heads": 4,
     },
 }
 
