@@ -352,7 +352,7 @@ def describe(video_list: VideoList) -> list[str]:
 def _describe_actions(video_list: VideoList) -> list[str]:
     actions = [action for sample in video_list.samples for action in sample.actions]
     timed = sum(action.start_seconds is not None for action in actions)
-    lines = [f"{_count(timed, 'action')} with times, used in training"] if timed else []
+    lines = [f"{_count(timed, 'action')} with times, which training uses"] if timed else []
     if rest := len(actions) - timed:
         lines.append(f"{_count(rest, 'action')} with times that are no span, taken as the whole")
     return lines
@@ -445,6 +445,9 @@ def _read_folder(source: str, split: str | None) -> _Listing:
         return _read_file(os.path.join(source, f"{part}list{number:02d}.txt"), None)
     if hmdb := [match[2] for name in names if (match := re.fullmatch(_HMDB_LIST, name))]:
         return _read_hmdb(source, names, *_official_split(source, "HMDB51", hmdb, split))
+    if charades := [name for name in names if re.fullmatch(r"Charades_v1_\w+\.csv", name)]:
+        lists = " or ".join(os.path.join(source, name) for name in charades)
+        raise InputError(f"{source}: is the folder of Charades; name a list in it, {lists}")
     if split is not None:
         raise InputError(
             f"{source}: has a folder per class and no split {split!r}; name the folder of the "
@@ -794,20 +797,17 @@ def _text(source: str, where: str, value: Any) -> str:
 
 def _of_split(source: str, records: Iterable[_Record], split: str | None) -> Iterator[_Record]:
     """Yield the records of one split; without a name there must be only one."""
-    found: dict[str, None] = {}
+    found: dict[str, str] = {}  # with where each starts
     for where, record in records:
         own = str(record.get("split", ""))
-        found[own] = None
-        if split is None and len(found) > 1:
-            raise _at(
-                source,
-                where,
-                f"starts another split; choose one with --split from {', '.join(found)}",
-            )
-        if split is None or own == split:
+        found.setdefault(own, where)
+        if own == split or (split is None and len(found) == 1):
             yield where, record
+    known = ", ".join(filter(None, found)) or "none"
+    if split is None and len(found) > 1:
+        where = list(found.values())[1]
+        raise _at(source, where, f"starts another split; choose one with --split from {known}")
     if split is not None and split not in found:
-        known = ", ".join(filter(None, found)) or "none"
         raise InputError(f"{source}: has no split {split!r}; its column 'split' has {known}")
 
 

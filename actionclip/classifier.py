@@ -19,7 +19,7 @@ from torch import Tensor
 from actionclip.ahead import map_ahead
 from actionclip.errors import InputError, VideoError
 from actionclip.models.actionclip import ActionCLIP
-from actionclip.prompts import TEMPLATES, check_class_names, class_prompts
+from actionclip.prompts import TEMPLATES, check_class_names, class_prompts, comparison_key
 from actionclip.sampling import view_indices
 from actionclip.similarity import EVALUATION_SCALE, fuse_logits
 from actionclip.tokenizer import tokenize, words
@@ -165,10 +165,16 @@ class VideoClassifier:
             self.text_embeddings = encode_prompts(model, prompts).unflatten(0, (len(templates), -1))
         else:
             self._positions = self._classifier_positions()
-        if model.untrained:
-            more = f" and {len(model.untrained) - 1} more" if len(model.untrained) > 1 else ""
+        # A linear classifier does without the text encoder.
+        untrained = [
+            name
+            for name in model.untrained
+            if model.linear is None or name.startswith(("clip.visual.", "temporal.", "linear."))
+        ]
+        if untrained:
+            more = f" and {len(untrained) - 1} more" if len(untrained) > 1 else ""
             warnings.warn(
-                f"the model holds untrained weights ({model.untrained[0]}{more}), so its "
+                f"the model holds untrained weights ({untrained[0]}{more}), so its "
                 "predictions mean little; train it first or load a checkpoint with "
                 f"temporal={model.config.temporal!r}",
                 stacklevel=2,
@@ -190,12 +196,15 @@ class VideoClassifier:
         """Return where the labels stand among the classes of the linear classifier."""
         class_names = self.model.config.class_names
         assert class_names is not None
-        if unknown := [label for label in self.labels if label not in class_names]:
-            raise InputError(
-                f"label {unknown[0]!r} is none of the {len(class_names)} classes of the model's "
-                "linear classifier, which can tell no others; train one with sentences for that"
-            )
-        return [class_names.index(label) for label in self.labels]
+        position_of = {comparison_key(name): i for i, name in enumerate(class_names)}
+        keys = [comparison_key(label) for label in self.labels]
+        for label, key in zip(self.labels, keys, strict=True):
+            if key not in position_of:
+                raise InputError(
+                    f"label {label!r} is none of the {len(class_names)} classes of the model's "
+                    "linear classifier, which can tell no others; train one with sentences for that"
+                )
+        return [position_of[key] for key in keys]
 
     def __call__(self, videos: Video | Tensor | Iterable[Video | Tensor]) -> Prediction:
         """Classify one video or a list of videos.

@@ -69,8 +69,11 @@ def interpolate(pretrained: ActionCLIP, finetuned: ActionCLIP, ratio: float) -> 
 def _check_configs(pretrained: ActionCLIP, finetuned: ActionCLIP) -> None:
     """Refuse models in which weights of one name mean different things."""
     one, other = pretrained.config, finetuned.config
-    if one.class_names and other.class_names and one.class_names != other.class_names:
-        raise InputError("the linear classifiers of the two models have different classes")
+    if one.class_names != other.class_names:
+        raise InputError(
+            "the two models have different classifiers: a linear one for some classes has to be in "
+            "both, for the same ones, or in none; take the model that the fine-tuning started from"
+        )
     pairs = [(name, value, getattr(other.clip, name)) for name, value in vars(one.clip).items()]
     pairs.append(("pixel_mean", one.pixel_mean, other.pixel_mean))
     pairs.append(("pixel_std", one.pixel_std, other.pixel_std))

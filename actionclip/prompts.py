@@ -85,7 +85,7 @@ def readable(name: str) -> str:
 
 def comparison_key(name: str) -> str:
     """Return what class names share that differ only in case, underscores and spacing."""
-    return " ".join(readable(name).casefold().split())
+    return " ".join(readable(name).replace("_", " ").casefold().split())
 
 
 def check_class_names(names: Iterable[str]) -> list[str]:

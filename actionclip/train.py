@@ -602,5 +602,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
         if isinstance(old, dict) and isinstance(new, dict):
             found += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            found.append(f"{prefix}{key} was {old}, is {new}")
+            shown = [
+                text if len(text := str(value)) <= 60 else f"{text[:57]}..." for value in (old, new)
+            ]
+            found.append(f"{prefix}{key} was {shown[0]}, is {shown[1]}")
     return found

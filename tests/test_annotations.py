@@ -271,11 +271,15 @@ def test_several_labels_in_a_table(name, text):
 
 def test_a_column_split():
     touch("a.mp4", "b.mp4")
-    write("list.csv", "path,label,split\na.mp4,golf,train\nb.mp4,golf,val\n")
+    write("list.csv", "path,label,split\na.mp4,golf,train\nb.mp4,golf,val\nb.mp4,golf,x\n")
     assert found(read_video_list("list.csv", split="val")) == [("b.mp4", (0,))]
-    with pytest.raises(InputError, match=r"line 3 starts another split; choose one .* train, val"):
+    with pytest.raises(
+        InputError, match=r"line 3 starts another split; choose one .* train, val, x"
+    ):
         read_video_list("list.csv")
-    with pytest.raises(InputError, match="has no split 'test'; its column 'split' has train, val"):
+    with pytest.raises(
+        InputError, match="has no split 'test'; its column 'split' has train, val, x"
+    ):
         read_video_list("list.csv", split="test")
 
 
@@ -555,6 +559,12 @@ def write_charades(actions: str = "c002 11.90 21.20;c000 0.00 12.60;c001 4 4;c00
     write("train.csv", f"id,actions,length\nYSKX3,{actions},31.0\nAAAAA,,30\n")
 
 
+def test_the_folder_of_charades_is_no_folder_per_class():
+    touch("all/Charades_v1_480/YSKX3.mp4", "all/Charades_v1_train.csv")
+    with pytest.raises(InputError, match="name a list in it, all.Charades_v1_train.csv"):
+        read_video_list("all")
+
+
 def test_charades_says_when_its_actions_are_shown():
     touch("Charades_v1_480/YSKX3.mp4", "Charades_v1_480/AAAAA.mp4")
     write_charades()
@@ -566,7 +576,7 @@ def test_charades_says_when_its_actions_are_shown():
     assert (first.start_seconds, first.end_seconds, first.labels) == (None, None, (0, 1, 2))
     assert second.actions == ()
     assert describe(videos)[3:5] == [
-        "2 actions with times, used in training",
+        "2 actions with times, which training uses",
         "2 actions with times that are no span, taken as the whole",
     ]
     assert describe(few_shot(videos, 1, 0))[3:5] == describe(videos)[3:5]

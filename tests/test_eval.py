@@ -300,6 +300,8 @@ def test_subsets_from_files_and_without_some_classes(run) -> None:
     assert results["metrics"]["top1"] == pytest.approx(accuracy(kept, kept))
     assert results["classes"]["all"] == 4
     assert "parts" not in results
+    message = "--without others.csv: 1 of its names are no class of the data, such as 'zorbing'"
+    assert message in run("--without", "others.csv")[2]
     assert results["data"]["notes"][0].startswith("4 of 6 classes kept, 2 videos ")
     results = found(run, "--subsets", "base.txt", "all.txt")
     expected = [accuracy(CLASSES[:3], CLASSES[:3]), accuracy(CLASSES, CLASSES)]
@@ -397,8 +399,9 @@ def test_without_matplotlib_all_but_the_picture(run, folder: Path, monkeypatch) 
         (["--base", "archery"], 2, r"--base archery: is no label file; give a \.txt or a \.csv"),
         (["--subsets", "nowhere.txt"], 2, r"nowhere\.txt: cannot be read"),
         (["--subsets", "base.txt", "7"], 2, "--subsets 7: is no label file"),
+        (["--subsets", "-3", "5"], 2, "--subsets -3 5: -3 subsets to draw"),
         (["--subsets", "3"], 2, "--subsets 3: use N SIZE, such as 3 160"),
-        (["--subsets", "3", "7"], 2, "subsets of 7 classes; take 1 to all 6"),
+        (["--subsets", "3", "7"], 2, "--subsets 3 7: subsets of 7 classes; take 1 to all 6"),
         (["--without", "none.txt"], 2, "--without none.txt: it names none of the classes"),
         (["--without", "all.txt"], 2, "--without all.txt: it names all of the classes"),
         (["--seed", "1"], 2, "--seed 1 draws subsets; use it with --subsets N SIZE"),

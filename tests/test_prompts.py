@@ -134,6 +134,7 @@ def test_check_returns_the_names_as_given():
         (["archery", "archery"], "'archery' and 'archery' read the same"),
         (["TaiChi", "diving", "tai chi"], "'TaiChi' and 'tai chi' read the same"),
         (["tai_chi", "Tai  Chi"], "'tai_chi' and 'Tai  Chi' read the same"),
+        (["a_red circle", "a red_circle"], "read the same"),
         (["archery", 3], "class name 1 is of type int"),
         ("archery", "class names 'archery' are one string"),
     ],

@@ -72,6 +72,9 @@ def test_scores_are_the_softmax_of_a_linear_layer(data: Path) -> None:
 def test_other_labels_and_sentences_are_refused(data: Path) -> None:
     with pytest.raises(InputError, match="label 'archery' is none of the 4 classes"):
         VideoClassifier(unimodal(data), ["archery"])
+    model = unimodal(data)
+    model.untrained = ("clip.ln_final.weight",)  # which no prediction depends on
+    VideoClassifier(model, [name.replace(" ", "_").upper() for name in CLASSES])
     for options in ({"templates": "none"}, {"raw_labels": True}):
         with pytest.raises(InputError, match="reads no sentences"):
             VideoClassifier(unimodal(data), CLASSES, **options)
@@ -172,5 +175,13 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "run" / "last.pt").unlink()
     assert run(*common, *again) == 2
     assert "train it on with --unimodal" in capsys.readouterr().err
-    assert run(*common, *model, "--unimodal", "--templates", "none") == 2
-    assert "--unimodal reads no sentences" in capsys.readouterr().err
+    useless = (
+        ("--templates", "none"),
+        ("--lock-text",),
+        ("--from-scratch", "text"),
+        ("--raw-labels",),
+    )
+    for options in useless:
+        assert run(*common, *model, "--unimodal", *options) == 2
+        message = f"--unimodal reads no sentences; drop {' '.join(options).removesuffix(' none')}"
+        assert message in capsys.readouterr().err

@@ -272,11 +272,19 @@ def _read_lists(args: argparse.Namespace) -> tuple[VideoList, ...]:
             "them with --labels FILE"
         )
     if args.without:
-        keys = {comparison_key(name) for name in _read_names("--without", args.without)}
-        others = [name for name in class_names if comparison_key(name) not in keys]
+        named = {comparison_key(name): name for name in _read_names("--without", args.without)}
+        others = [name for name in class_names if comparison_key(name) not in named]
         if len(others) in (0, len(class_names)):
             amount = "none" if others else "all"
             raise InputError(f"--without {args.without}: it names {amount} of the classes")
+        for name in class_names:
+            named.pop(comparison_key(name), None)
+        if named and distributed.rank() == 0:
+            command.say(
+                PROG,
+                f"--without {args.without}: {len(named)} of its names are no class of the data, "
+                f"such as {next(iter(named.values()))!r}",
+            )
         lists = [keep_classes(videos, others) for videos in lists]
     return tuple(lists)
 
@@ -288,11 +296,14 @@ def _read_subsets(videos: VideoList, args: argparse.Namespace) -> list[tuple[int
     if len(args.subsets) != 2:
         raise InputError(f"--subsets {' '.join(args.subsets)}: use N SIZE, such as 3 160")
     num_subsets, size = map(int, args.subsets)
-    return draw_subsets(videos.class_names, num_subsets, size, args.seed)
+    try:
+        return draw_subsets(videos.class_names, num_subsets, size, args.seed)
+    except InputError as error:
+        raise InputError(f"--subsets {' '.join(args.subsets)}: {error}") from error
 
 
 def _are_numbers(values: Sequence[str]) -> bool:
-    return all(value.isdecimal() for value in values)
+    return all(value.removeprefix("-").isdecimal() for value in values)
 
 
 def _read_names(option: str, file: str) -> list[str]:

@@ -275,8 +275,8 @@ def train(args: argparse.Namespace) -> ExitCode:
         raise InputError("--output is empty; name a folder")
     if args.from_scratch == "both" and args.new_head:
         raise InputError("--from-scratch has nothing that --new-head could replace; drop one")
-    if args.unimodal and (args.templates is not None or args.raw_labels):
-        raise InputError("--unimodal reads no sentences; drop --templates and --raw-labels")
+    if args.unimodal:
+        check_unimodal(args)
     device = options.join_processes(args.device, TIMEOUT_SECONDS)
     try:
         with stop_signals() as stopped_by:
@@ -378,12 +378,28 @@ def _train(
     return ExitCode.DONE
 
 
+def check_unimodal(args: argparse.Namespace) -> None:
+    """Refuse what would do nothing without sentences."""
+    given = {
+        "--templates": args.templates is not None,
+        "--raw-labels": args.raw_labels,
+        "--lock-text": args.lock_text is not None,
+        "--from-scratch text": args.from_scratch == "text",
+    }
+    if useless := [option for option, is_given in given.items() if is_given]:
+        raise InputError(f"--unimodal reads no sentences; drop {' and '.join(useless)}")
+
+
 def read_data(args: argparse.Namespace) -> tuple[VideoList, VideoList | None]:
     """Read the lists, and say what they were taken for."""
     videos = options.read_data(args, args.train)
     class_names = videos.class_names
     if args.classes is not None:
-        videos = keep_classes(videos, pick_classes(args.classes, videos))
+        names = pick_classes(args.classes, videos)
+        try:
+            videos = keep_classes(videos, names)
+        except InputError as error:
+            raise InputError(f"--classes {args.classes}: {error}") from error
     if args.whole_videos:
         videos = whole_videos(videos)
     if args.shots is not None:
@@ -481,6 +497,7 @@ def in_terms_of_options(error: InputError) -> InputError:
         "head_ratio": "--head-lr-ratio",
         "rate_every": "--lr-every",
         "num_frames": "--frames",
+        "shots": "--shots",
         "scales": "--crop-scales",
         "randaugment_ops": "--randaugment",
         "randaugment_magnitude": "--randaugment",
