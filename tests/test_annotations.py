@@ -561,7 +561,7 @@ def write_charades(actions: str = "c002 11.90 21.20;c000 0.00 12.60;c001 4 4;c00
 
 def test_the_folder_of_charades_is_no_folder_per_class():
     touch("all/Charades_v1_480/YSKX3.mp4", "all/Charades_v1_train.csv")
-    with pytest.raises(InputError, match="name a list in it, all.Charades_v1_train.csv"):
+    with pytest.raises(InputError, match=r"name a list in it, all.Charades_v1_train\.csv"):
         read_video_list("all")
 
 

@@ -679,7 +679,7 @@ def test_a_packaged_file_is_checked_before_it_is_read(
         actionclip.WeightsError,
         match=r"packaged\.safetensors: No such file or directory; install actionclip again",
     ):
-        actionclip.actionclip.load("tiny")
+        actionclip.load("tiny")
 
 
 @pytest.mark.parametrize(("kept", "drawn"), [("image", "text"), ("text", "image")])
