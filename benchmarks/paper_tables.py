@@ -337,7 +337,9 @@ def page(document: dict[str, Any]) -> str:
     seconds: dict[str, float] = {}
     for content in document.values():
         seconds |= content["seconds"]
-    parts.insert(1, f"All of it together took {sum(seconds.values()) / 60:.0f} minutes.\n")
+    minutes = sum(seconds.values()) / 60
+    text = f"All of it took {minutes:.0f} minutes by the clock; other work on the machine adds to that."
+    parts.insert(1, f"{text}\n")
     return "\n".join(parts)
 
 
@@ -364,7 +366,7 @@ N, and `--micro-batch` makes any batch fit. `$seed` is 0, 1, 2. They expect `k40
 
 
 def heading(name: str) -> str:
-    return {"figure3": "Figure 3", "transfer": "Section 4.4"}.get(name, f"Table {name}")
+    return {"figure3": "Figure 3", "transfer": "Transfer"}.get(name, f"Table {name}")
 
 
 def table_section(name: str, content: dict[str, Any]) -> str:
@@ -426,7 +428,7 @@ def verdict(table: Table, found: dict[str, Any]) -> str:
     }
     text = [f"{sentences[kind]} {'; '.join(said[kind])}." for kind in said if said[kind]]
     text += [ratio_verdict(row["ratios"]) for row in found.values() if "ratios" in row]
-    return " ".join(text)
+    return " ".join(text).replace("It", "The twin", 1) if not said["agree"] else " ".join(text)
 
 
 def ratio_verdict(ratios: list[dict[str, Any]]) -> str:
@@ -528,7 +530,7 @@ is: one operation more for each element of attention's biases, query scaling and
 140.777, 281.554, 563.111); others do as well, and four rounded numbers cannot tell which was used.
 
 The column of parameters is not that of any one sum. Image encoder, 12 text blocks and Transf are
-144.6 and 142.9 million. The attention and MLP weights of all 30 blocks are 141.72, the 141.7 of the
+144.6 and 143.0 million. The attention and MLP weights of all 30 blocks are 141.72, the 141.7 of the
 ViT-B/16 rows; with the patch embedding of ViT-B/32 they are 144.08, its 144.1. So the ViT-B/16 rows
 look as if their own patch embedding, 0.6 million, had been left out: by the same rule they would
 have 142.3."""
