@@ -338,8 +338,8 @@ def page(document: dict[str, Any]) -> str:
     for content in document.values():
         seconds |= content["seconds"]
     minutes = sum(seconds.values()) / 60
-    text = f"All of it took {minutes:.0f} minutes by the clock; other work on the machine adds to that."
-    parts.insert(1, f"{text}\n")
+    clock = f"All of it took {minutes:.0f} minutes by the clock"
+    parts.insert(1, f"{clock}; other work on the machine adds to that.\n")
     return "\n".join(parts)
 
 
