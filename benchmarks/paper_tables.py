@@ -2,10 +2,10 @@
 
     python benchmarks/paper_tables.py [--table 4] [--folder FOLDER]
 
-Tables are 1 to 9, figure3 and transfer; by default all of them, in under an hour on two cores.
-What the experiments are stands in `paper_rows.py`. Clips, runs and results are kept in FOLDER and
-used again by the next call, so that tables share runs and a stopped call goes on. Writes
-benchmarks/results/paper_tables.json, paper_tables.md and figure3.png; tables that were not
+Tables are 1 to 9, figure3 and transfer; by default all of them, in an hour and a half on two
+shared cores. What the experiments are stands in `paper_rows.py`. Clips, runs and results are kept
+in FOLDER and used again by the next call, so that tables share runs and a stopped call goes on.
+Writes benchmarks/results/paper_tables.json, paper_tables.md and figure3.png; tables that were not
 asked for keep what was there.
 
 A twin is a model and clips a thousand times smaller, and one seed of each. What it can show is
