@@ -40,6 +40,7 @@ from actionclip.cli import train as train_command
 from actionclip.complexity import multiply_adds
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.synthetic import (
+    FRAMES_PER_SECOND,
     MOTIONS,
     held_out,
     render,
@@ -255,7 +256,8 @@ def write_charades(folder: Path) -> None:
                 chosen = random.choice(len(classes), 2, replace=False)
                 clips = [render(classes[c], (100 + number, i, k)) for k, c in enumerate(chosen)]
                 write_frames(videos / f"{part}{i:04d}.mp4", np.concatenate(clips))
-                change, end = len(clips[0]) / 12, sum(map(len, clips)) / 12
+                change = len(clips[0]) / FRAMES_PER_SECOND
+                end = sum(map(len, clips)) / FRAMES_PER_SECOND
                 spans = ((0, change), (change, end))
                 actions = ";".join(
                     f"c{c:03d} {start:.2f} {stop:.2f}"
