@@ -1,10 +1,11 @@
 """Fetch one published file into the cache, or find that it is there already.
 
 A file counts only with the SHA-256 it was published with: checked after every
-download and again on every use. What was received of an interrupted download stays
-beside it as `.part` and is resumed; only complete, verified files get their name.
-Many processes may ask for one file at the same time: one of them fetches it. What
-the files are, and which models they make, is `weights`' business.
+download and again on every use. Where none was published, the server's own statement
+or else what came first decides, noted beside the file as `.sha256`. What was received of
+an interrupted download stays there as `.part` and is resumed; only complete, verified
+files get their name. Many processes may ask for one file at the same time: one of them
+fetches it. What the files are, and which models they make, is `weights`' business.
 """
 
 import base64
@@ -95,7 +96,7 @@ def offline_wanted(environ: Mapping[str, str]) -> bool:
 def fetch(
     url: str,
     *,
-    sha256: str,
+    sha256: str | None,
     filename: str,
     size: int | None = None,
     cache_dir: str | None = None,
@@ -111,7 +112,9 @@ def fetch(
 
     Args:
         url: where the file is published, https.
-        sha256: 64 lower-case hexadecimal digits.
+        sha256: 64 lower-case hexadecimal digits. None, where nobody published them: what
+            the server states counts, else what it sends. What is used first, also a file
+            put there by hand, is noted in `<filename>.sha256` and has to stay as it is.
         filename: its name in the cache; from our own table, never from a server.
         size: in bytes, where known.
         cache_dir: created if need be. None asks `cache_directory`.
@@ -121,7 +124,7 @@ def fetch(
         verify: False trusts a file that is in the cache already.
         allow_http: accept plain http, for a mirror in one's own network.
         also_look_in: folders where other programs may have put the same file. It is
-            used if its checksum is right and passed over if not.
+            used if its checksum is right and passed over if not, or if `sha256` is None.
         progress: show a bar on stderr; None shows it on a terminal only.
         patience: time-outs and tries.
 
@@ -130,7 +133,7 @@ def fetch(
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.@-]*", filename, re.ASCII):
         raise DownloadError(f"{filename!r} is not a plain file name")
-    if not re.fullmatch("[0-9a-f]{64}", sha256):
+    if sha256 is not None and not re.fullmatch("[0-9a-f]{64}", sha256):
         raise DownloadError(f"{sha256!r} is not the SHA-256 of {filename}: 64 digits 0-9, a-f")
     # The only place of this module that reads the environment.
     if cache_dir is None:
@@ -140,22 +143,31 @@ def fetch(
     if offline is None:
         offline = offline_wanted(os.environ)
     path = os.path.join(cache_dir, filename)
+    note = None if sha256 else f"{path}.sha256"
+
+    def known() -> str | None:
+        return _noted(note) if note else sha256
 
     def found() -> str | None:
-        if _is_wanted(path, sha256, size, verify):
+        if _is_wanted(path, known(), size, verify):
+            if note and verify and not known():
+                _write_note(note, _digest_of(path))
             return path
-        others = (os.path.join(folder, filename) for folder in also_look_in)
+        others = (os.path.join(folder, filename) for folder in also_look_in if sha256)
         return next((other for other in others if _is_wanted(other, sha256, size, True)), None)
 
     present = found()
     if present is not None:
         return present
-    source = _Source(_mirrored(url, mirror), sha256, size, allow_http)
+    source = _Source(_mirrored(url, mirror), known(), note, size, allow_http)
     if offline:
-        state = "does not have its checksum" if os.path.exists(path) else "is missing"
+        state = "is missing"
+        if os.path.exists(path):
+            state = f"does not have its {'checksum' if source.sha256 else f'{size} bytes'}"
+        checksum = f", SHA-256 {source.sha256}," if source.sha256 else ""
         raise DownloadError(
-            f"{path} {state} and downloads are switched off (offline): fetch {source.shown}, "
-            f"SHA-256 {sha256}, elsewhere and put it there"
+            f"{path} {state} and downloads are switched off (offline): fetch {source.shown}"
+            f"{checksum} elsewhere and put it there{source.or_forget}"
         )
     patience = patience or Patience()
     with _disk(cache_dir):
@@ -164,17 +176,50 @@ def fetch(
         # Whoever held the lock before may have fetched it.
         present = found()
         if present is None:
-            _Download(source, path, patience, progress).run()
+            received = _Download(source, path, patience, progress).run()
+            if note:
+                _write_note(note, received)
     return present or path
 
 
-def _is_wanted(path: str, sha256: str, size: int | None, verify: bool) -> bool:
+def _is_wanted(path: str, sha256: str | None, size: int | None, verify: bool) -> bool:
     if not os.path.isfile(path) or (size is not None and os.path.getsize(path) != size):
         return False
-    if not verify:
+    if not verify or sha256 is None:
         return True
+    return _digest_of(path) == sha256
+
+
+def _digest_of(path: str) -> str:
     with _disk(path):
-        return _digest(path).hexdigest() == sha256
+        return str(_digest(path).hexdigest())
+
+
+def _noted(note: str) -> str | None:
+    """Return the SHA-256 that the first use of a file left beside it, if any."""
+    if not os.path.exists(note):
+        return None
+    with _disk(note), open(note, encoding="latin-1") as file:
+        found = re.match(r"([0-9a-f]{64})\s", file.read(1000))
+    if not found:
+        raise DownloadError(f"{note} does not hold a SHA-256; remove it")
+    return found[1]
+
+
+def _write_note(note: str, sha256: str) -> None:
+    """Keep the SHA-256 of a file, as `sha256sum` would write it, whole or not at all."""
+    folder, name = os.path.split(note.removesuffix(".sha256"))
+    # A shared folder that others fill; what is in it is theirs to check.
+    if not os.access(folder, os.W_OK):
+        return
+    # The process number keeps two writers apart.
+    partial = f"{note}.{os.getpid()}.part"
+    with _disk(note):
+        with open(partial, "w", encoding="ascii") as file:
+            file.write(f"{sha256}  {name}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, note)
 
 
 def _digest(path: str) -> Any:
@@ -249,9 +294,13 @@ def _shown(url: str) -> str:
 class _Source:
     """What to ask for, and what the answer must be."""
 
-    def __init__(self, url: str, sha256: str, size: int | None, allow_http: bool) -> None:
+    def __init__(
+        self, url: str, sha256: str | None, note: str | None, size: int | None, allow_http: bool
+    ) -> None:
         self.shown = _shown(url)
         self.sha256 = sha256
+        # What else helps against a wrong checksum that comes from a note.
+        self.or_forget = f", or remove {note} to accept another version" if note and sha256 else ""
         self.size = size
         self.allow_http = allow_http
         parts = urllib.parse.urlsplit(url)
@@ -287,6 +336,31 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         """Follow to https, or from http to http where that is allowed."""
         _check_scheme(newurl, self._allow_http and req.type == "http")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Stated(urllib.request.BaseHandler):
+    """Remembers the checksum and the size that the last answer with a checksum stated.
+
+    The Hugging Face hub does so for large files, in the answer that redirects to the host
+    of the content.
+
+    Source: huggingface_hub 2.4, `file_download.py` and `constants.py`.
+    """
+
+    sha256: str | None = None
+    size: int | None = None
+
+    def http_response(
+        self, request: urllib.request.Request, response: http.client.HTTPResponse
+    ) -> http.client.HTTPResponse:
+        mark = response.headers.get("X-Linked-Etag", "")
+        # Of a small file it is another kind of hash, with fewer digits.
+        if found := re.fullmatch('(?:W/)?"?([0-9a-f]{64})"?', mark):
+            self.sha256 = found[1]
+            self.size = _number(response.headers.get("X-Linked-Size", ""))
+        return response
+
+    https_response = http_response
 
 
 def _patient(connection: type[http.client.HTTPConnection], read_seconds: float) -> Any:
@@ -336,28 +410,34 @@ class _Download:
         self._patience = patience
         self._progress = progress
         self._deadline = time.monotonic() + patience.total_seconds
+        self._stated = _Stated()
         self._opener = urllib.request.build_opener(
+            self._stated,
             _Redirects(source.allow_http),
             _Http(patience.read_seconds),
             _Https(patience.read_seconds),
         )
 
-    def run(self) -> None:
-        """Leave the verified file at its path, or raise."""
+    def run(self) -> str:
+        """Leave the verified file at its path and return its SHA-256, or raise."""
         for _ in range(2):  # wrong bytes get one more chance, from the start
             got = self._receive_all()
-            if got == self._source.sha256:
+            if got == (self._expected() or got):
                 with _disk(self._path):
                     os.replace(self._part, self._path)
                     _remove(self._mark)
-                return
+                return got
             with _disk(self._part):
                 _remove(self._part)
                 _remove(self._mark)
         raise DownloadError(
-            f"{self._source.shown}: wrong content, expected SHA-256 {self._source.sha256}, got "
-            f"{got}; nothing was kept, try again later or another mirror (ACTIONCLIP_MIRROR)"
+            f"{self._source.shown}: wrong content, expected SHA-256 {self._expected()}, got {got}; "
+            "nothing was kept, try again later or another mirror (ACTIONCLIP_MIRROR)"
+            f"{self._source.or_forget}"
         )
+
+    def _expected(self) -> str | None:
+        return self._source.sha256 or self._stated.sha256
 
     def _receive_all(self) -> str:
         """Try until the body is complete; return its SHA-256."""
@@ -391,7 +471,7 @@ class _Download:
             with _disk(self._part):
                 start, digest = self._received(), _digest(self._part)
             # All there, but the process ended before it could rename.
-            if digest.hexdigest() == self._source.sha256:
+            if digest.hexdigest() == self._expected():
                 return digest.hexdigest()
             headers = {"Range": f"bytes={start}-", "If-Range": mark}
         with self._open(headers) as response:
@@ -401,6 +481,8 @@ class _Download:
                 # The whole file, because it changed or the server cannot resume.
                 start, digest, total = 0, hashlib.sha256(), _content_length(response)
             self._check_announced(total)
+            if not self._expected():
+                self._check_unverified(response, total)
             with contextlib.ExitStack() as stack:
                 with _disk(self._part):
                     # Unbuffered, so that no write is left for `close` to fail at.
@@ -471,10 +553,24 @@ class _Download:
             raise DownloadError(f"{self._source.shown}: {reason.strip()}") from error
 
     def _check_announced(self, total: int | None) -> None:
-        limit = _MAX_BYTES if self._source.size is None else self._source.size
-        if total is not None and (total > limit or self._source.size not in (None, total)):
+        size = self._stated.size if self._source.size is None else self._source.size
+        limit = _MAX_BYTES if size is None else size
+        if total is not None and (total > limit or size not in (None, total)):
             raise DownloadError(
                 f"{self._source.shown}: announces {total} bytes where {limit} are expected"
+            )
+
+    def _check_unverified(self, response: http.client.HTTPResponse, total: int | None) -> None:
+        """Refuse what only a checksum could tell from the whole file."""
+        problem = None
+        if total is None:
+            problem = "states neither the length nor the checksum of the file"
+        elif response.headers.get_content_type() == "text/html":
+            problem = "answers with a web page"
+        if problem:
+            raise DownloadError(
+                f"{self._source.shown}: the server {problem}; try another mirror "
+                f"(ACTIONCLIP_MIRROR), or fetch it elsewhere and put it at {self._path}"
             )
 
     def _resumed_total(self, response: http.client.HTTPResponse, start: int) -> int:
@@ -496,7 +592,8 @@ class _Download:
         mark = response.headers.get("ETag") or ""
         # A weak mark (W/"...") may stay while the bytes change.
         if not re.fullmatch(r'"[ -~]{1,500}"', mark):
-            mark = response.headers.get("Last-Modified") or ""
+            # Two versions of one second would be mixed, which only a checksum tells.
+            mark = (self._expected() and response.headers.get("Last-Modified")) or ""
         with _disk(self._mark):
             _remove(self._mark)
             if re.fullmatch("[ -~]{1,600}", mark):
@@ -520,8 +617,11 @@ def _passing_faults(shown: str) -> Iterator[None]:
 
 
 def _content_length(response: http.client.HTTPResponse) -> int | None:
-    length = response.headers.get("Content-Length", "")
-    return int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+    return _number(response.headers.get("Content-Length", ""))
+
+
+def _number(text: str) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _write_all(file: FileIO, chunk: bytes) -> None:

@@ -74,6 +74,8 @@ class WeightFile:
         content: names to CPU tensors; for pickles whatever nested dictionary was saved.
         metadata: the `__metadata__` of safetensors, else empty.
         config: the settings found in a JSON file beside the weights, if any.
+        preprocessor: how transformers makes pixels of frames (size, mean, ...), found in
+            another JSON file beside the weights, if any.
     """
 
     path: str
@@ -81,6 +83,7 @@ class WeightFile:
     content: dict[str, Any]
     metadata: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] | None = None
+    preprocessor: dict[str, Any] | None = None
 
 
 def read_file(path: str | os.PathLike[str], *, half_as: torch.dtype | None = None) -> WeightFile:
@@ -89,7 +92,8 @@ def read_file(path: str | os.PathLike[str], *, half_as: torch.dtype | None = Non
     With `half_as`, a TorchScript archive's half-precision tensors come in that type; see
     `read_archive`. Other formats come as they are. For folders and for `.safetensors` and
     `.bin` files, `config` is the `config.json` (or, for an `open_clip_*` file, the
-    `open_clip_config.json`) of the same folder.
+    `open_clip_config.json`) of the same folder, and `preprocessor` the image processor's
+    settings there.
 
     Raises:
         WeightsError: if the file is missing, damaged, of an unknown format, or needs
@@ -101,7 +105,7 @@ def read_file(path: str | os.PathLike[str], *, half_as: torch.dtype | None = Non
         return replace(_read_folder(shown), path=shown)
     loaded = _read_tensors(shown, half_as)
     if shown.endswith((".safetensors", ".bin")):
-        return replace(loaded, config=_read_settings(shown))
+        return _with_settings(loaded, shown)
     return loaded
 
 
@@ -386,17 +390,42 @@ def _read_folder(folder: str) -> WeightFile:
         file = os.path.join(folder, name)
         if os.path.isfile(file):
             loaded = _read_shards(file) if name.endswith(".json") else _read_tensors(file)
-            return replace(loaded, config=_read_settings(file))
+            return _with_settings(loaded, file)
     raise WeightsError(
         f"{folder}: no weights in this folder; looked for {', '.join(_FOLDER_FILES)}"
     )
 
 
-def _read_settings(weights: str) -> dict[str, Any] | None:
-    """Read the JSON file that belongs to a weight file, if it is there."""
+def _with_settings(loaded: WeightFile, weights: str) -> WeightFile:
+    """Add what the JSON files beside a weight file say."""
     folder, name = os.path.split(weights)
     settings = "open_clip_config.json" if name.startswith("open_clip_") else "config.json"
-    path = os.path.join(folder, settings)
+    return replace(
+        loaded,
+        config=_read_json_if_there(os.path.join(folder, settings)),
+        preprocessor=_read_preprocessor(folder),
+    )
+
+
+def _read_preprocessor(folder: str) -> dict[str, Any] | None:
+    """Read an image processor's settings from where a version of transformers left them.
+
+    Version 5 saves a processor as one file with a part for images; older files hold that
+    part alone. Source: `save_pretrained` of transformers 5.23.
+    """
+    path = os.path.join(folder, "processor_config.json")
+    processor = _read_json_if_there(path) or {}
+    for part in ("image_processor", "video_processor"):
+        if part in processor:
+            if not isinstance(processor[part], dict):
+                raise WeightsError(f"{path}: its {part} is not a dictionary")
+            return cast(dict[str, Any], processor[part])
+    return _read_json_if_there(
+        os.path.join(folder, "preprocessor_config.json")
+    ) or _read_json_if_there(os.path.join(folder, "video_preprocessor_config.json"))
+
+
+def _read_json_if_there(path: str) -> dict[str, Any] | None:
     return _read_json(path) if os.path.isfile(path) else None
 
 

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,7 @@ def serve(
     ranges: bool = True,
     length: int | None = None,
     announce: bool = True,
+    headers: Mapping[str, str] | None = None,
 ) -> Answer:
     """Answer as a static file server would, cutting the connection after `cut` bytes."""
 
@@ -88,6 +89,8 @@ def serve(
             handler.send_response(200)
         if etag:
             handler.send_header("ETag", etag)
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
         if announce:
             handler.send_header(
                 "Content-Length", str(len(body) - start if length is None else length)
@@ -98,9 +101,13 @@ def serve(
     return answer
 
 
-def status(code: int, location: str | None = None) -> Answer:
+def status(
+    code: int, location: str | None = None, headers: Mapping[str, str] | None = None
+) -> Answer:
     def answer(handler: Handler) -> None:
         handler.send_response(code)
+        for name, value in (headers or {}).items():
+            handler.send_header(name, value)
         if location:
             handler.send_header("Location", location)
         handler.send_header("Content-Length", "0")
@@ -410,6 +417,188 @@ def test_endless_body_is_stopped(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / f"{NAME}.part").stat().st_size <= len(BODY)
 
 
+# --- without a published checksum ----------------------------------------------------
+
+HUB = "https://huggingface.co/microsoft/xclip-base-patch32/resolve/main/pytorch_model.bin"
+OTHER = bytes(reversed(BODY))
+NOTE = f"{NAME}.sha256"
+
+
+def get_unpinned(url: str, folder: Path, **changes: object) -> str:
+    return get(url, folder, **{"sha256": None, "size": None, **changes})
+
+
+def stated(body: bytes = BODY) -> dict[str, str]:
+    """Return what the Hugging Face hub says of a large file."""
+    digest = hashlib.sha256(body).hexdigest()
+    return {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(body))}
+
+
+def hub(body: bytes = BODY) -> Answer:
+    """Answer as the hub does, which keeps large files on another host."""
+    return status(302, "/cdn", stated(body))
+
+
+def note(body: bytes = BODY) -> str:
+    return f"{hashlib.sha256(body).hexdigest()}  {NAME}\n"
+
+
+def test_statement_of_a_redirect_is_believed_and_noted(server: Server, tmp_path: Path) -> None:
+    server.answers = [status(307, "/renamed"), hub(), serve()]
+    path = get_unpinned(HUB, tmp_path, mirror=server.base)
+    assert Path(path).read_bytes() == BODY
+    assert server.requests[0][0] == "/microsoft/xclip-base-patch32/resolve/main/pytorch_model.bin"
+    assert files(tmp_path) == [NAME, NOTE]
+    assert (tmp_path / NOTE).read_text() == note()
+    assert get_unpinned(HUB, tmp_path, mirror=server.base) == path
+    assert len(server.requests) == 3
+
+
+def test_mirror_of_the_hub_is_held_to_its_statement(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server.base)
+    server.answers = [serve(OTHER, headers=stated())]
+    with pytest.raises(DownloadError, match=f"wrong content, expected SHA-256 {SHA256}, got"):
+        get_unpinned(HUB, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["{}", '"{}"', 'W/"{}"'])
+def test_wrong_statement_is_an_error(server: Server, tmp_path: Path, form: str) -> None:
+    got = hashlib.sha256(OTHER).hexdigest()
+    server.answers = [serve(OTHER, headers={"X-Linked-Etag": form.format(SHA256)})]
+    message = f"{server.url}: wrong content, expected SHA-256 {SHA256}, got {got}; nothing was kept"
+    with pytest.raises(DownloadError, match=re.escape(message)) as caught:
+        get_unpinned(server.url, tmp_path)
+    assert ".sha256" not in str(caught.value)
+    assert len(server.requests) == 2
+    assert files(tmp_path) == []
+
+
+def test_stated_size_must_be_the_announced_one(server: Server, tmp_path: Path) -> None:
+    server.answers = [hub(), serve(BODY + b"more")]
+    with pytest.raises(DownloadError, match="announces 600004 bytes where 600000 are expected"):
+        get_unpinned(server.url, tmp_path)
+
+
+def test_statement_makes_up_for_a_missing_length(server: Server, tmp_path: Path) -> None:
+    server.answers = [hub(), serve(announce=False)]
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+
+
+def test_statement_counts_over_https_too() -> None:
+    stated = download._Stated()
+    assert stated in urllib.request.build_opener(stated).process_response["https"]  # type: ignore[attr-defined]
+
+
+def test_pinned_checksum_outweighs_what_is_stated(server: Server, tmp_path: Path) -> None:
+    server.answers = [serve(headers={"X-Linked-Etag": "0" * 64})]
+    assert Path(get(server.url, tmp_path)).read_bytes() == BODY
+    assert files(tmp_path) == [NAME]
+
+
+# The last two are hashes of another kind: git's, and the content's own of the host.
+@pytest.mark.parametrize(
+    "headers", [{}, {"X-Linked-Etag": '"' + "a" * 40 + '"'}, {"X-Xet-Hash": "b" * 64}]
+)
+def test_without_a_statement_the_first_content_counts(
+    server: Server, tmp_path: Path, headers: dict[str, str]
+) -> None:
+    server.answers = [serve(headers=headers), serve(OTHER)]
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert (tmp_path / NOTE).read_text() == note()
+    get_unpinned(server.url, tmp_path)
+    assert len(server.requests) == 1
+
+
+def test_content_that_cannot_be_judged_is_refused(server: Server, tmp_path: Path) -> None:
+    server.answers = [serve(announce=False)]
+    remedy = re.escape(f"put it at {tmp_path / NAME}")
+    with pytest.raises(DownloadError, match=f"neither the length nor the checksum .*{remedy}"):
+        get_unpinned(server.url, tmp_path)
+    server.answers = [serve(headers={"Content-Type": "text/html; charset=utf-8"})]
+    with pytest.raises(DownloadError, match="the server answers with a web page"):
+        get_unpinned(server.url, tmp_path)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("first", [[], [hub()]], ids=["nothing", "stated"])
+def test_unpinned_download_is_resumed(server: Server, tmp_path: Path, first: list[Answer]) -> None:
+    server.answers = [*first, serve(cut=1000), *first, serve()]
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert server.requests[-1][1]["Range"] == "bytes=1000-"
+    assert files(tmp_path) == [NAME, NOTE]
+
+
+@pytest.mark.parametrize("first", [[], [hub()]], ids=["nothing", "stated"])
+def test_unpinned_part_of_an_older_version_starts_again(
+    server: Server, tmp_path: Path, first: list[Answer]
+) -> None:
+    older = [hub(OTHER)] if first else []
+    server.answers = [*older, serve(OTHER, cut=1000, etag='"old"'), *first, serve()]
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert (tmp_path / NOTE).read_text() == note()
+
+
+def test_mixed_versions_are_noticed_by_the_statement(server: Server, tmp_path: Path) -> None:
+    """A host that keeps its mark while the content changes."""
+    server.answers = [hub(OTHER), serve(OTHER, cut=1000), hub(), serve(), hub(), serve()]
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert server.requests[3][1]["Range"] == "bytes=1000-"
+    assert len(server.requests) == 6
+
+
+@pytest.mark.parametrize("first", [[], [hub()]], ids=["nothing", "stated"])
+def test_date_is_mark_enough_only_with_a_statement(
+    server: Server, tmp_path: Path, first: list[Answer]
+) -> None:
+    dated = {"Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    cut = serve(cut=1000, etag=None, headers=dated)
+    server.answers = [*first, cut, *first, serve(headers=dated)]
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert ("Range" in server.requests[-1][1]) is bool(first)
+
+
+def test_complete_part_without_a_checksum_starts_again(server: Server, tmp_path: Path) -> None:
+    (tmp_path / f"{NAME}.part").write_bytes(BODY)
+    (tmp_path / f"{NAME}.part.etag").write_text('"one"')
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert files(tmp_path) == [NAME, NOTE]
+
+
+def test_noted_file_that_was_damaged_is_fetched_again(server: Server, tmp_path: Path) -> None:
+    get_unpinned(server.url, tmp_path)
+    (tmp_path / NAME).write_bytes(BODY[:-1] + b"?")
+    assert Path(get_unpinned(server.url, tmp_path, verify=False)).read_bytes() != BODY
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert len(server.requests) == 2
+
+
+def test_another_version_needs_the_note_removed(server: Server, tmp_path: Path) -> None:
+    get_unpinned(server.url, tmp_path)
+    (tmp_path / NAME).unlink()
+    server.answers = [serve(OTHER, headers=stated(OTHER))]
+    remedy = re.escape(f"or remove {tmp_path / NOTE} to accept another version")
+    with pytest.raises(DownloadError, match=f"expected SHA-256 {SHA256}, .*{remedy}"):
+        get_unpinned(server.url, tmp_path)
+    (tmp_path / NOTE).unlink()
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == OTHER
+    assert (tmp_path / NOTE).read_text() == note(OTHER)
+
+
+def test_note_that_says_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / NOTE).write_text("")
+    with pytest.raises(DownloadError, match=r"\.sha256 does not hold a SHA-256; remove it"):
+        get_unpinned("https://host/x", tmp_path)
+
+
+def test_file_of_another_program_needs_a_checksum(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    (tmp_path / "clip" / NAME).write_bytes(OTHER)
+    path = get_unpinned(server.url, tmp_path, also_look_in=[str(tmp_path / "clip")])
+    assert Path(path).read_bytes() == BODY
+
+
 # --- where it may go -----------------------------------------------------------------
 
 
@@ -530,6 +719,43 @@ def test_offline_without_the_file_says_where_to_put_it(
         get("https://host/x", tmp_path)
 
 
+@pytest.mark.usefixtures("no_sockets")
+def test_file_put_there_by_hand_is_noted(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_bytes(BODY)
+    assert get_unpinned(HUB, tmp_path, offline=True, verify=False) == str(tmp_path / NAME)
+    assert files(tmp_path) == [NAME]
+    assert get_unpinned(HUB, tmp_path, offline=True) == str(tmp_path / NAME)
+    assert (tmp_path / NOTE).read_text() == note()
+    get_unpinned(HUB, tmp_path, offline=True)
+    (tmp_path / NAME).write_bytes(OTHER)
+    message = (
+        f"{tmp_path / NAME} does not have its checksum and downloads are switched off (offline): "
+        f"fetch {HUB}, SHA-256 {SHA256}, elsewhere and put it there, or remove {tmp_path / NOTE} "
+        "to accept another version"
+    )
+    with pytest.raises(DownloadError, match=re.escape(message)):
+        get_unpinned(HUB, tmp_path, offline=True)
+
+
+def test_folder_that_nobody_may_write_to_gets_no_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / NAME).write_bytes(BODY)
+    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (str(tmp_path), os.W_OK))
+    get_unpinned(HUB, tmp_path)
+    assert files(tmp_path) == [NAME]
+
+
+@pytest.mark.usefixtures("no_sockets")
+def test_offline_message_without_a_checksum(tmp_path: Path) -> None:
+    remedy = re.escape(f"(offline): fetch {HUB} elsewhere and put it there")
+    with pytest.raises(DownloadError, match=f"{NAME} is missing .*{remedy}$"):
+        get_unpinned(HUB, tmp_path, offline=True)
+    (tmp_path / NAME).write_bytes(b"short")
+    with pytest.raises(DownloadError, match=f"{NAME} does not have its 600000 bytes .*{remedy}$"):
+        get_unpinned(HUB, tmp_path, offline=True, size=len(BODY))
+
+
 def test_environment_names_the_mirror(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -607,14 +833,14 @@ package = types.ModuleType("actionclip")
 package.__path__ = [sys.argv[1]]
 sys.modules["actionclip"] = package
 from actionclip.download import fetch
-print(fetch(sys.argv[2], sha256=sys.argv[3], filename=sys.argv[4], cache_dir=sys.argv[5],
+print(fetch(sys.argv[2], sha256=sys.argv[3] or None, filename=sys.argv[4], cache_dir=sys.argv[5],
             allow_http=True))
 """
 
 
-def child(server: Server, folder: Path) -> subprocess.Popen:
+def child(server: Server, folder: Path, sha256: str = SHA256) -> subprocess.Popen:
     package = os.path.dirname(download.__file__)
-    arguments = [package, server.url, SHA256, NAME, str(folder)]
+    arguments = [package, server.url, sha256, NAME, str(folder)]
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(CHILD), *arguments],
         stdout=subprocess.PIPE,
@@ -623,17 +849,21 @@ def child(server: Server, folder: Path) -> subprocess.Popen:
     )
 
 
-def test_sixteen_processes_make_one_request(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "sha256"), [(16, SHA256), (4, "")])
+def test_many_processes_make_one_request(
+    server: Server, tmp_path: Path, number: int, sha256: str
+) -> None:
     def slowly(handler: Handler) -> None:
         time.sleep(0.5)
         serve()(handler)
 
     server.answers = [slowly]
-    children = [child(server, tmp_path) for _ in range(16)]
+    children = [child(server, tmp_path, sha256) for _ in range(number)]
     results = [process.communicate(timeout=60) for process in children]
-    assert results == [(f"{tmp_path / NAME}\n", "")] * 16
+    assert results == [(f"{tmp_path / NAME}\n", "")] * number
     assert len(server.requests) == 1
     assert (tmp_path / NAME).read_bytes() == BODY
+    assert files(tmp_path) == ([NAME] if sha256 else [NAME, NOTE])
 
 
 def test_killed_process_leaves_something_to_resume(server: Server, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import struct
 import sys
 import time
@@ -531,3 +532,80 @@ def test_bad_settings_are_named(tmp_path: Path, content: bytes, message: str) ->
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(WeightsError, match=rf"config\.json: {message}"):
         read_file(tmp_path)
+
+
+IMAGES = {"size": {"shortest_edge": 224}, "image_mean": [0.485, 0.456, 0.406]}
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("preprocessor_config.json", IMAGES),
+        ("video_preprocessor_config.json", IMAGES),
+        ("processor_config.json", {"image_processor": IMAGES, "video_processor": {"size": 1}}),
+        ("processor_config.json", {"processor_class": "X", "video_processor": IMAGES}),
+    ],
+)
+def test_preprocessor_is_found_beside_the_weights(
+    tmp_path: Path, weights: str, name: str, content: dict
+) -> None:
+    SAVERS[Path(weights).suffix](tmp_path / weights, TENSORS)
+    assert read_file(tmp_path).preprocessor is None
+    (tmp_path / name).write_text(json.dumps(content))
+    for path in (tmp_path, tmp_path / weights):
+        read = read_file(path)
+        assert (read.preprocessor, read.config) == (IMAGES, None)
+
+
+def test_newest_preprocessor_counts_and_other_formats_have_none(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "model.safetensors", TENSORS)
+    torch.save(TENSORS, tmp_path / "model.pth")
+    (tmp_path / "video_preprocessor_config.json").write_text('{"size": 1}')
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 2}')
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert read_file(tmp_path).preprocessor == {"size": 2}
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"size": 3}}')
+    assert read_file(tmp_path).preprocessor == {"size": 3}
+    assert read_file(tmp_path / "model.pth").preprocessor is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("preprocessor_config.json", "[1]", "holds a list"),
+        ("processor_config.json", "{", "not valid JSON"),
+        ("processor_config.json", '{"image_processor": 1}', "its image_processor is not a dict"),
+    ],
+)
+def test_bad_preprocessor_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    write_safetensors(tmp_path / "model.safetensors", TENSORS)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(WeightsError, match=rf"{re.escape(name)}: {message}"):
+        read_file(tmp_path)
+
+
+@pytest.mark.slow
+def test_preprocessor_that_transformers_saved(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    images = transformers.VideoMAEImageProcessor(
+        size={"shortest_edge": 48}, image_mean=[0.485, 0.456, 0.406], image_std=[0.5, 0.25, 0.125]
+    )
+    (tmp_path / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1}')
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(
+        str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    )
+    processors = {
+        "images": images,
+        "both": transformers.XCLIPProcessor(images, tokenizer),
+    }
+    for name, processor in processors.items():
+        processor.save_pretrained(tmp_path / name)
+        write_safetensors(tmp_path / name / "model.safetensors", TENSORS)
+        read = read_file(tmp_path / name).preprocessor
+        assert read is not None
+        assert read["size"] == {"shortest_edge": 48}
+        assert read["image_mean"] == [0.485, 0.456, 0.406]
+        assert read["image_std"] == [0.5, 0.25, 0.125]
+        assert read["resample"] == 2  # bilinear
