@@ -51,6 +51,7 @@ class Augmentation:
     Attributes:
         resolution: side of the square that the encoder takes, in pixels.
         scales: sides of the crop, as parts of the frame's short side, from large to small.
+        crop_positions: how many places a crop may have, 13, or X-CLIP's 5; see `crop_offsets`.
         flip: probability of mirroring; 0 where left and right matter (`has_direction`).
         jitter: probability of changing brightness, contrast, saturation and hue.
         grayscale: probability of removing colour.
@@ -62,6 +63,7 @@ class Augmentation:
 
     resolution: int
     scales: tuple[float, ...] = (1, 0.875, 0.75, 0.66)
+    crop_positions: int = 13
     flip: float = 0.5
     jitter: float = 0.8
     grayscale: float = 0.2
@@ -74,6 +76,8 @@ class Augmentation:
             raise InputError(f"resolution is {self.resolution}; use at least 1 pixel")
         if not self.scales or not all(0 < scale <= 1 for scale in self.scales):
             raise InputError(f"scales are {self.scales}; use one or more in (0, 1]")
+        if self.crop_positions not in (5, 13):
+            raise InputError(f"crop_positions is {self.crop_positions}; use 5 or 13")
         for name in ("flip", "jitter", "grayscale"):
             probability = getattr(self, name)
             if not 0 <= probability <= 1:
@@ -161,12 +165,12 @@ def crop_sizes(
 
 
 def crop_offsets(
-    width: int, height: int, crop_width: int, crop_height: int
+    width: int, height: int, crop_width: int, crop_height: int, positions: int = 13
 ) -> list[tuple[int, int]]:
-    """Return the 13 equally likely (left, top) of a training crop.
+    """Return the equally likely (left, top) of a training crop.
 
-    They are corners, centre, middles of the edges and centres of the quarters of the
-    frame, on a grid of a quarter of what the crop leaves, rounded down.
+    The first 5 are corners and centre, the other 8 middles of the edges and centres of the
+    quarters of the frame, on a grid of a quarter of what the crop leaves, rounded down.
     """
     step_x, step_y = (width - crop_width) // 4, (height - crop_height) // 4
     # fmt: off
@@ -176,7 +180,7 @@ def crop_offsets(
         (1, 1), (3, 1), (1, 3), (3, 3),
     )
     # fmt: on
-    return [(x * step_x, y * step_y) for x, y in grid]
+    return [(x * step_x, y * step_y) for x, y in grid[:positions]]
 
 
 def has_direction(class_names: Iterable[str]) -> bool:
@@ -210,7 +214,7 @@ def _draw_crop(
     """Draw the rows and the columns to keep."""
     sizes = crop_sizes(width, height, augmentation.scales, augmentation.resolution)
     crop_width, crop_height = sizes[generator.integers(len(sizes))]
-    offsets = crop_offsets(width, height, crop_width, crop_height)
+    offsets = crop_offsets(width, height, crop_width, crop_height, augmentation.crop_positions)
     left, top = offsets[generator.integers(len(offsets))]
     return slice(top, top + crop_height), slice(left, left + crop_width)
 

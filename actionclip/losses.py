@@ -1,14 +1,16 @@
-"""The training loss: video and text embeddings of a batch -> one number.
+"""The training losses: embeddings or logits of a batch -> one number.
 
-Symmetric KL divergence between softmax similarities and targets that say which texts match
-which videos. The dense definition is here, and the choice between it and its twin in
-`fused_loss`, which never holds an N x N matrix. Knows nothing of processes: rows of a batch
-that several of them share are chosen by the caller.
+ActionCLIP's is the symmetric KL divergence between softmax similarities and targets that say
+which texts match which videos. Its dense definition is here, and the choice between it and its
+twin in `fused_loss`, which never holds an N x N matrix. X-CLIP's is the cross-entropy over all
+classes, with soft targets. Knows nothing of processes: rows of a batch that several of them
+share are chosen by the caller.
 """
 
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from actionclip.errors import InputError
@@ -82,6 +84,86 @@ def match_targets(labels: Tensor, target: Target, dtype: torch.dtype = torch.flo
     """
     match = _match(labels).to(dtype)
     return match / match.sum(1, keepdim=True) if target == "uniform" else (10 * match).softmax(1)
+
+
+def class_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Return how the probability of each video should be spread over all classes.
+
+    A part `smoothing` of it is uniform over the K classes, the rest over the video's own.
+
+    Args:
+        labels: (N,) integer classes in [0, K), or (N, K) multi-hot with a class in every row.
+        num_classes: K.
+        smoothing: in [0, 1]; X-CLIP has 0.1.
+
+    Returns:
+        (N, K) fp32, each row with the sum 1.
+
+    Raises:
+        InputError: if labels do not fit K, a video has none, or the smoothing is not in [0, 1].
+
+    Source: label smoothing, Inception-v3 (arXiv:1512.00567), section 7.
+    """
+    if not 0 <= smoothing <= 1:
+        raise InputError(f"smoothing is {smoothing}; use a number in [0, 1]")
+    hot = _multi_hot(labels, num_classes)
+    counts = hot.sum(1, keepdim=True)
+    if not counts.all():
+        row = int(counts.argmin())
+        raise InputError(f"video {row} of the labels has no class; leave it out")
+    return (1 - smoothing) * hot / counts + smoothing / num_classes
+
+
+def class_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum the cross-entropy of softmax(logits) and the targets over the videos.
+
+    A sum, so that the shares of several processes and parts of a batch add up; divide it by
+    the number of all videos.
+
+    Args:
+        logits: (N, K) float.
+        targets: (N, K) float, each row with the sum 1.
+
+    Returns:
+        () fp32, or fp64 for fp64 logits, also under autocast.
+
+    Source: spec 5, X-CLIP (arXiv:2208.02816).
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets.to(logits.dtype), reduction="sum")
+
+
+def cosine_distance(embeddings: Tensor, teacher: Tensor) -> Tensor:
+    """Return 1 - cosine of each embedding and its teacher's, which learns nothing from it.
+
+    Args:
+        embeddings: (N, D) float, not necessarily normalised.
+        teacher: (N, D) float, likewise.
+
+    Returns:
+        (N,) fp32, or fp64 for fp64 input, in [0, 2], also under autocast.
+    """
+    # Half the squared distance of unit vectors is the same number. It does not cancel where the
+    # two are close, which is where distillation keeps them.
+    return (normalize(embeddings) - normalize(teacher.detach())).square().sum(-1) / 2
+
+
+def _multi_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Return (N, K) fp32 with a 1 at every class of a video."""
+    if labels.ndim == 2 and labels.shape[1] == num_classes:
+        return labels.float()
+    if labels.ndim == 1 and not labels.is_floating_point():
+        if ((labels < 0) | (labels >= num_classes)).any():
+            raise InputError(
+                f"labels reach from {labels.min()} to {labels.max()}: use classes from 0 to "
+                f"{num_classes - 1}"
+            )
+        return F.one_hot(labels.long(), num_classes).float()
+    raise InputError(
+        f"labels have shape {tuple(labels.shape)} and type {labels.dtype}: pass (N,) integer "
+        f"classes or (N, {num_classes}) multi-hot"
+    )
 
 
 def _dense_contrastive_kl(

@@ -5,12 +5,17 @@ First step of the flow video file -> frames -> frame embeddings -> video embeddi
 All positions are 0-based; frame folders number their files from 1, which is not
 this module's concern.
 
-Source: ActionCLIP (arXiv:2109.08472), segment sampling as in TSN (arXiv:1608.00859).
+Source: ActionCLIP (arXiv:2109.08472), segment sampling as in TSN (arXiv:1608.00859);
+X-CLIP (arXiv:2208.02816), whose evaluation looks half a frame later.
 """
+
+from typing import Literal, get_args
 
 import numpy as np
 
 from actionclip.errors import InputError
+
+Sampling = Literal["actionclip", "xclip"]
 
 
 def segment_indices(num_frames: int, num_segments: int) -> list[int]:
@@ -30,25 +35,41 @@ def segment_indices(num_frames: int, num_segments: int) -> list[int]:
     return view_indices(num_frames, num_segments, 1)[0]
 
 
-def view_indices(num_frames: int, num_segments: int, num_clips: int) -> list[list[int]]:
+def view_indices(
+    num_frames: int, num_segments: int, num_clips: int, *, rule: Sampling = "actionclip"
+) -> list[list[int]]:
     """Return the positions of several temporal views, spread inside each segment.
 
     View v of V takes the frame at the fraction (v + 0.5) / V of every segment, so the
-    only view of V = 1 is the evaluation sampling.
+    only view of V = 1 is the evaluation sampling. X-CLIP's code draws its views at random
+    instead, as in its training.
 
     Args:
         num_frames: frames in the video, at least 1.
         num_segments: equal spans to cut it into, at least 1.
         num_clips: number of temporal views, at least 1.
+        rule: "actionclip" counts positions from the middle of the first frame, "xclip" from
+            its beginning, where position x lies in frame floor(x).
 
     Returns:
-        `num_clips` lists of `num_segments` ascending positions in [0, num_frames). All
-        views of a video with no more frames than segments are equal.
+        `num_clips` lists of `num_segments` ascending positions in [0, num_frames). With
+        "actionclip", all views of a video with no more frames than segments are equal.
 
     Raises:
-        InputError: if an argument is below 1.
+        InputError: if an argument is below 1 or the rule is unknown.
     """
     _check_positive(num_frames=num_frames, num_segments=num_segments, num_clips=num_clips)
+    if rule not in get_args(Sampling):
+        raise InputError(f'rule is {rule!r}: pass "actionclip" or "xclip"')
+    if rule == "xclip":
+        # (i + (v + 0.5) / V) * n / S over one denominator.
+        return [
+            [
+                (2 * num_clips * i + 2 * v + 1) * num_frames // (2 * num_clips * num_segments)
+                for i in range(num_segments)
+            ]
+            for v in range(num_clips)
+        ]
     if num_frames <= num_segments:
         return [_spread(num_frames, num_segments) for _ in range(num_clips)]
     if num_segments == num_clips == 1:
@@ -72,6 +93,9 @@ def random_segment_indices(
     num_frames: int, num_segments: int, generator: np.random.Generator
 ) -> list[int]:
     """Return one random frame of each segment: the training sampling.
+
+    Of all models: X-CLIP's own never shows the last n mod T frames of a video, and of a short
+    one it may show the first frame last.
 
     Args:
         num_frames: frames in the video, at least 1.

@@ -50,6 +50,13 @@ def test_golden_crops(case):
         assert [list(offset) for offset in offsets] == case["offsets_xy"]["{}x{}".format(*crop)]
 
 
+def test_five_crops_are_the_corners_and_the_centre():
+    offsets = crop_offsets(340, 256, 224, 192, positions=5)
+    # Steps of 116 / 4 = 29 and 64 / 4 = 16.
+    assert set(offsets) == {(0, 0), (116, 0), (0, 64), (116, 64), (58, 32)}
+    assert offsets == crop_offsets(340, 256, 224, 192)[:5]
+
+
 @pytest.mark.parametrize(
     ("short", "sides"),
     [  # by hand: within two pixels of 224, but never larger than the frame
@@ -66,16 +73,18 @@ def test_crop_sides(short, sides):
     assert {side for size in sizes for side in size} == sides
 
 
-def test_every_crop_is_reached_equally_often():
+@pytest.mark.parametrize("positions", [5, 13])
+def test_every_crop_is_reached_equally_often(positions):
     width, height = 340, 256
+    augmentation = Augmentation(224, crop_positions=positions)
     boxes = Counter()
     rng = generator()
-    for _ in range(13_000):
-        rows, columns = module._draw_crop(width, height, Augmentation(224), rng)
+    for _ in range(1000 * positions):
+        rows, columns = module._draw_crop(width, height, augmentation, rng)
         boxes[rows.start, rows.stop, columns.start, columns.stop] += 1
     expected = Counter()
     for crop_width, crop_height in crop_sizes(width, height, SCALES, 224):
-        for left, top in crop_offsets(width, height, crop_width, crop_height):
+        for left, top in crop_offsets(width, height, crop_width, crop_height)[:positions]:
             expected[top, top + crop_height, left, left + crop_width] += 100
     assert set(boxes) == set(expected)
     for box, count in expected.items():
@@ -278,6 +287,7 @@ def test_names_without_a_direction():
         ({"scales": ()}, r"scales are \(\); use one or more in \(0, 1\]"),
         ({"scales": (1, 1.2)}, r"scales are \(1, 1.2\); use"),
         ({"scales": (1, 0)}, r"scales are \(1, 0\); use"),
+        ({"crop_positions": 9}, "crop_positions is 9; use 5 or 13"),
         ({"flip": 1.5}, "flip is 1.5; use a probability, 0 to 1"),
         ({"jitter": -0.1}, "jitter is -0.1; use"),
         ({"grayscale": float("nan")}, "grayscale is nan; use"),

@@ -1,4 +1,4 @@
-"""The loss: its definition against golden values, hand calculations and torch's kl_div."""
+"""The losses: their definitions against golden values, hand calculations and torch's own."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from actionclip import losses
 from actionclip.errors import InputError
-from actionclip.losses import contrastive_kl, match_targets
+from actionclip.losses import (
+    class_cross_entropy,
+    class_targets,
+    contrastive_kl,
+    cosine_distance,
+    match_targets,
+)
 
 both_ways = pytest.mark.parametrize("fused", [False, True], ids=["dense", "fused"])
 all_targets = pytest.mark.parametrize("target", ["uniform", "official"])
@@ -209,3 +215,106 @@ def test_errors_name_what_is_wrong() -> None:
         contrastive_kl(video, text, classes.float(), 1.0)
     with pytest.raises(InputError, match="target is 'paper': pass"):
         contrastive_kl(video, text, classes, 1.0, target="paper")  # type: ignore[arg-type]
+
+
+def test_class_targets_by_hand() -> None:
+    targets = class_targets(torch.tensor([2, 0]), 4, 0.1)
+    assert targets.dtype == torch.float32
+    off, on = 0.1 / 4, 0.9 + 0.1 / 4
+    expected = torch.tensor([[off, off, on, off], [on, off, off, off]])
+    torch.testing.assert_close(targets, expected)
+    several = torch.tensor([[True, False, True, False], [False, True, False, False]])
+    expected = torch.tensor([[0.45 + off, off, 0.45 + off, off], [off, on, off, off]])
+    torch.testing.assert_close(class_targets(several, 4, 0.1), expected)
+    assert class_targets(several, 4, 0.0).tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
+    assert class_targets(several, 4, 1.0).tolist() == [[0.25] * 4] * 2
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_class_cross_entropy_equals_torch_with_label_smoothing(smoothing: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 20 * torch.randn(64, 30, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    labels = torch.randint(30, (64,), generator=generator)
+    reference = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+    expected = torch.autograd.grad(reference, logits)[0]
+    for dtype, rtol, atol in ((torch.float64, 1e-7, 1e-7), (torch.float32, 1e-6, 1e-6)):
+        given = logits.detach().to(dtype).requires_grad_()
+        loss = class_cross_entropy(given, class_targets(labels, 30, smoothing))
+        assert loss.dtype == dtype
+        assert loss.item() == pytest.approx(reference.item(), rel=rtol)
+        (gradient,) = torch.autograd.grad(loss, given)
+        assert (gradient - expected).abs().max() < atol
+
+
+def test_class_cross_entropy_of_soft_targets() -> None:
+    # softmax is (3/4, 1/4) in both rows; the sum over rows, not their mean.
+    logits = torch.tensor([[math.log(3), 0.0], [math.log(3), 0.0]], dtype=torch.float64)
+    targets = torch.tensor([[0.5, 0.5], [0.25, 0.75]])
+    by_hand = -0.75 * math.log(3 / 4) - 1.25 * math.log(1 / 4)
+    assert class_cross_entropy(logits, targets).item() == pytest.approx(by_hand, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_class_cross_entropy_is_fp32_also_under_autocast(dtype: torch.dtype) -> None:
+    logits = (10 * draw(23, 23)[0].detach()).to(dtype)
+    targets = class_targets(torch.arange(23), 23, 0.1)
+    expected = class_cross_entropy(logits.float(), targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = class_cross_entropy(logits, targets.to(torch.float64))
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+
+
+def test_cosine_distance_by_hand() -> None:
+    embeddings = torch.tensor([[2.0, 0], [2, 0], [2, 0], [3, 4]])
+    teacher = torch.tensor([[5.0, 0], [0, 1], [-1, 0], [4, 3]])
+    expected = torch.tensor([0, 1, 2, 1 - 24 / 25])
+    torch.testing.assert_close(cosine_distance(embeddings, teacher), expected)
+
+
+def test_cosine_distance_equals_torch_and_moves_only_the_student() -> None:
+    embeddings, teacher = draw(23, 8)
+    distance = cosine_distance(embeddings, teacher)
+    assert distance.shape == (23,)
+    expected = 1 - F.cosine_similarity(embeddings, teacher)
+    torch.testing.assert_close(distance, expected, rtol=0, atol=1e-14)
+    distance.sum().backward()
+    assert teacher.grad is None
+    (gradient,) = torch.autograd.grad(expected.sum(), embeddings)
+    torch.testing.assert_close(embeddings.grad, gradient, rtol=0, atol=1e-14)
+
+
+def test_cosine_distance_is_fp32_and_does_not_cancel() -> None:
+    embeddings = draw(23, 512, torch.float32)[0].detach()
+    near = embeddings + 1e-4 * draw(23, 512, torch.float32)[1].detach()
+    exact = cosine_distance(embeddings.double(), near.double())
+    assert exact.max() < 1e-6
+    torch.testing.assert_close(cosine_distance(embeddings, near).double(), exact, rtol=1e-2, atol=0)
+    assert (cosine_distance(embeddings, embeddings) == 0).all()
+    half, other = embeddings.bfloat16(), near.flip(0).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        distance = cosine_distance(half, other)
+    assert distance.dtype == torch.float32
+    assert torch.equal(distance, cosine_distance(half.float(), other.float()))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([0, 4]), "labels reach from 0 to 4: use classes from 0 to 3"),
+        (torch.tensor([-1, 2]), "labels reach from -1 to 2: use"),
+        (torch.tensor([0.0, 1]), r"shape \(2,\) and type torch.float32: pass \(N,\) integer"),
+        (torch.ones(2, 5), r"labels have shape \(2, 5\) .* or \(N, 4\) multi-hot"),
+        (torch.eye(4) * torch.tensor([1, 1, 0, 1]), "video 2 of the labels has no class"),
+    ],
+)
+def test_labels_that_are_no_targets(labels: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        class_targets(labels, 4, 0.1)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1, float("nan")])
+def test_smoothing_is_a_part(smoothing: float) -> None:
+    with pytest.raises(InputError, match=rf"smoothing is {smoothing}; use a number in \[0, 1\]"):
+        class_targets(torch.arange(2), 4, smoothing)

@@ -1,4 +1,6 @@
 import json
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +97,38 @@ def test_views_by_hand():
     # n = 80, S = 2, V = 4: segments of 40 frames; fractions 1/8, 3/8, 5/8, 7/8 minus half.
     assert view_indices(80, 2, 4) == [[4, 44], [14, 54], [24, 64], [34, 74]]
     assert view_indices(3, 2, 5)[0] == [0, 1]  # 0.15 - 0.5 truncates to 0, not to -1
+
+
+def test_the_rule_of_xclip_by_hand():
+    # Segments of 37.5 frames: 18.75, 56.25, 93.75, ...
+    assert view_indices(300, 8, 1, rule="xclip") == [[18, 56, 93, 131, 168, 206, 243, 281]]
+    # One frame later than ActionCLIP's, which is 3.5 before it is rounded down.
+    assert view_indices(16, 2, 1, rule="xclip") == [[4, 12]]
+    assert view_indices(16, 2, 1) == [[3, 11]]
+    assert view_indices(3, 8, 1, rule="xclip") == [[0, 0, 0, 1, 1, 2, 2, 2]]
+    assert view_indices(1, 4, 2, rule="xclip") == [[0] * 4] * 2
+    # n = 80, S = 2, V = 4: segments of 40 frames; fractions 1/8, 3/8, 5/8, 7/8.
+    assert view_indices(80, 2, 4, rule="xclip") == [[5, 45], [15, 55], [25, 65], [35, 75]]
+
+
+@pytest.mark.parametrize("num_clips", [1, 2, 3, 4, 10])
+@pytest.mark.parametrize("num_segments", [1, 2, 3, 7, 8, 32])
+def test_the_rule_of_xclip_is_exact(num_segments, num_clips):
+    for n in range(1, 100):
+        views = view_indices(n, num_segments, num_clips, rule="xclip")
+        assert views == [
+            [
+                floor((i + Fraction(2 * v + 1, 2 * num_clips)) * n / num_segments)
+                for i in range(num_segments)
+            ]
+            for v in range(num_clips)
+        ]
+        assert max(map(max, views)) < n
+
+
+def test_a_rule_that_does_not_exist():
+    with pytest.raises(InputError, match='rule is \'tsn\': pass "actionclip" or "xclip"'):
+        view_indices(10, 8, 1, rule="tsn")
 
 
 @pytest.mark.parametrize(
