@@ -11,7 +11,15 @@ from actionclip.errors import (
     VideoError,
     WeightsError,
 )
-from actionclip.models import CLIP, ActionCLIP, ActionCLIPConfig, CLIPConfig
+from actionclip.models import (
+    CLIP,
+    XCLIP,
+    ActionCLIP,
+    ActionCLIPConfig,
+    CLIPConfig,
+    VideoTextModel,
+    XCLIPConfig,
+)
 from actionclip.tokenizer import tokenize
 from actionclip.weights import available_models, load, save
 
@@ -19,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CLIP",
+    "XCLIP",
     "ActionCLIP",
     "ActionCLIPConfig",
     "ActionClipError",
@@ -30,7 +39,9 @@ __all__ = [
     "VideoClassifier",
     "VideoError",
     "VideoResult",
+    "VideoTextModel",
     "WeightsError",
+    "XCLIPConfig",
     "available_models",
     "interpolate",
     "load",

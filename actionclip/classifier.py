@@ -18,10 +18,10 @@ from torch import Tensor
 
 from actionclip.ahead import map_ahead
 from actionclip.errors import InputError, VideoError
-from actionclip.models.actionclip import ActionCLIP
+from actionclip.models.base import VideoTextModel
 from actionclip.prompts import TEMPLATES, check_class_names, class_prompts, comparison_key
 from actionclip.sampling import view_indices
-from actionclip.similarity import EVALUATION_SCALE, fuse_logits
+from actionclip.similarity import fuse_logits
 from actionclip.tokenizer import tokenize, words
 from actionclip.transforms import normalize, views
 from actionclip.video import DecodedVideo, Limits, Span, decode
@@ -92,11 +92,12 @@ class VideoClassifier:
             the model's own, those it was trained with.
         num_clips: temporal views of a video.
         num_crops: spatial views of each temporal one, 1 (centre) or 3 (along the long side).
-        raw_labels: fill labels into the templates as they are. By default names such as
-            "ApplyEyeMakeup" or "brush_hair" are split into words, which CLIP understands;
-            results always show the label as given.
+        raw_labels: fill labels into the templates as they are, instead of splitting names such
+            as "ApplyEyeMakeup" or "brush_hair" into words, which CLIP understands; None does as
+            the model's training did. Results always show the label as given.
         scale: multiplier of the cosines before the softmax over labels; None is the
-            model's exp(logit_scale). The default is that of the official evaluation.
+            model's exp(logit_scale). The default is that of the official evaluation: 100 for
+            ActionCLIP, exp(logit_scale) for X-CLIP.
         batch_size: views that the model encodes at a time.
         workers: threads that decode videos ahead of the model; 0 decodes in turn.
         limits: what a video file may cost; None is the default `Limits()`.
@@ -109,14 +110,14 @@ class VideoClassifier:
 
     def __init__(
         self,
-        model: ActionCLIP,
+        model: VideoTextModel,
         labels: Sequence[str],
         *,
         templates: str | Sequence[str] | None = None,
         num_clips: int = 1,
         num_crops: int = 1,
-        raw_labels: bool = False,
-        scale: float | None = EVALUATION_SCALE,
+        raw_labels: bool | None = None,
+        scale: float | Literal["official"] | None = "official",
         batch_size: int = 8,
         workers: int = 2,
         limits: Limits | None = None,
@@ -129,11 +130,13 @@ class VideoClassifier:
         ):
             if value < least:
                 raise InputError(f"{name} is {value}, it must be at least {least}")
+        if scale == "official":
+            scale = model.evaluation_scale
         if scale is not None and not 0 < scale < math.inf:
             raise InputError(f"scale is {scale}, it must be positive and finite")
         if num_crops not in (1, 3):
             raise InputError(f"num_crops is {num_crops}; use 1 or 3")
-        if model.linear is not None and (templates is not None or raw_labels):
+        if model.linear is not None and (templates is not None or raw_labels is not None):
             raise InputError(
                 "the model has a linear classifier and reads no sentences; leave out templates and "
                 "raw_labels"
@@ -150,7 +153,7 @@ class VideoClassifier:
         self.model = model.eval()
         self.labels = tuple(check_class_names(labels))
         self.templates = tuple(templates)
-        self.raw_labels = raw_labels
+        self.raw_labels = model.config.raw_labels if raw_labels is None else raw_labels
         self.num_clips = num_clips
         self.num_crops = num_crops
         self.scale = scale
@@ -160,7 +163,7 @@ class VideoClassifier:
         self.strict = strict
         self.preprocessing = model.preprocessing
         if model.linear is None:
-            prompts = class_prompts(templates, self.labels, raw_labels=raw_labels)
+            prompts = class_prompts(templates, self.labels, raw_labels=self.raw_labels)
             self._warn_of_unknown_words(prompts)
             self.text_embeddings = encode_prompts(model, prompts).unflatten(0, (len(templates), -1))
         else:
@@ -314,7 +317,8 @@ class VideoClassifier:
         )
 
     def _choose(self, num_frames: int) -> list[int]:
-        clips = view_indices(num_frames, self.model.num_frames, self.num_clips)
+        rule = self.model.config.sampling
+        clips = view_indices(num_frames, self.model.num_frames, self.num_clips, rule=rule)
         return [index for clip in clips for index in clip]
 
     def _arrange(self, frames: Tensor) -> Tensor:
@@ -328,24 +332,22 @@ class VideoClassifier:
         if not usable:
             return outcomes
         pixels = torch.cat([outcome.views for outcome in usable if outcome.views is not None])
-        embeddings = torch.cat([self._encode(part) for part in pixels.split(self.batch_size)])
-        logits = self._compare(embeddings).float().cpu().unflatten(0, (len(usable), -1))
+        parts = [self._logits(part).float().cpu() for part in pixels.split(self.batch_size)]
+        logits = torch.cat(parts).unflatten(0, (len(usable), -1))
         for outcome, own, scores in zip(usable, logits, fuse_logits(logits), strict=True):
             outcome.logits, outcome.scores, outcome.views = own, scores, None
         return outcomes
 
-    def _compare(self, embeddings: Tensor) -> Tensor:
-        """Return the logits (N, P, K) of embeddings (N, D) for P templates and K labels."""
-        if self.model.linear is not None:
-            return self.model.linear(embeddings.float())[:, None, self._positions]
-        texts = self.text_embeddings
-        logits = self.model.logits(embeddings, texts.flatten(0, 1), self.scale)
-        return logits.unflatten(1, texts.shape[:2])
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Encode views (N, T, 3, R, R) uint8 into (N, D)."""
+    def _logits(self, pixels: Tensor) -> Tensor:
+        """Compare views (N, T, 3, R, R) uint8 with P templates of K labels: (N, P, K)."""
         mean, std = self.preprocessing.mean, self.preprocessing.std
-        return self.model.encode_video(normalize(pixels.to(self.model.device), mean, std))
+        videos = normalize(pixels.to(self.model.device), mean, std)
+        if self.model.linear is not None:
+            logits = self.model.linear(self.model.encode_video(videos).float())
+            return logits[:, None, self._positions]
+        features, texts = self.model.video_features(videos), self.text_embeddings
+        logits = self.model.compare(features, texts.flatten(0, 1), self.scale)
+        return logits.unflatten(1, texts.shape[:2])
 
 
 @dataclass
@@ -362,7 +364,7 @@ class _Outcome:
 
 
 @torch.inference_mode()
-def encode_prompts(model: ActionCLIP, prompts: Sequence[str]) -> Tensor:
+def encode_prompts(model: VideoTextModel, prompts: Sequence[str]) -> Tensor:
     """Encode prompts, each distinct one once, in batches of similar length.
 
     Args:

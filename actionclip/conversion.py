@@ -1,8 +1,8 @@
 """Published checkpoints in our terms: from any key layout to one.
 
-Takes what `tensor_files` read and tells what it is: CLIP's tensors under OpenAI's
-keys, the temporal head's under the official ActionCLIP keys, and what the file
-says about time and activation. Works on names and shapes alone; reads no files.
+Takes what `tensor_files` read and tells what it is: CLIP's tensors under OpenAI's keys, what
+ActionCLIP or X-CLIP add under their official ones, and what the file says about time, pixels
+and activation. Works on names and shapes alone; reads no files.
 """
 
 import json
@@ -16,9 +16,12 @@ from torch import Tensor
 
 from actionclip.errors import WeightsError
 from actionclip.models.actionclip import ActionCLIPConfig
+from actionclip.models.base import VideoTextConfig
 from actionclip.models.clip import CLIPConfig
 from actionclip.models.layers import Activation
+from actionclip.models.xclip import XCLIPConfig, is_added
 from actionclip.tokenizer import token_ids
+from actionclip.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 State = dict[str, Tensor]
 
@@ -32,6 +35,8 @@ OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 # Every official head but meanP holds this table, and only Transf uses it.
 POSITIONS = "frame_position_embeddings.weight"
 
+INTEGRATION_POSITIONS = "mit.positional_embedding"
+
 # Spellings of configs, logs and READMEs of the official code -> ours.
 TEMPORAL_ALIASES = {
     "conv_1d": "conv1d",
@@ -39,6 +44,18 @@ TEMPORAL_ALIASES = {
     "seqtransf": "transf",
     "seqtransf_cls": "transf_cls",
     "tsm": "shift",
+}
+
+# Numbers of Pillow's filters, which Hugging Face's settings have.
+PILLOW_BILINEAR = 2
+PILLOW_BICUBIC = 3
+
+# What X-CLIP's code does with frames, and ViFi-CLIP's, which is built on it.
+XCLIP_PIXELS = {
+    "pixel_mean": IMAGENET_MEAN,
+    "pixel_std": IMAGENET_STD,
+    "interpolation": "bilinear",
+    "sampling": "xclip",
 }
 
 # Attention heads are 64 channels wide, but for the largest open_clip image encoders
@@ -52,12 +69,13 @@ class Checkpoint:
 
     Attributes:
         clip: tensors of both towers, OpenAI's keys.
-        head: tensors of the temporal head, official keys.
-        temporal: the visual prompt; None for a plain CLIP.
+        head: tensors of the temporal head, or of what X-CLIP has beside the towers; official keys.
+        temporal: the visual prompt, or "xclip"; None for a plain CLIP.
         num_frames: T, where a table of positions or a configuration tells it.
         activation: of both towers.
         vision_heads: attention heads of the image encoder.
         text_heads: attention heads of the text encoder.
+        settings: fields of the configuration that the kind of file decides, or a file beside it.
         config: the whole configuration, in our own files.
         untrained: weights that were initialised and never trained, in our own files.
         lacks_token_embedding: ViFi-CLIP leaves this frozen table of OpenAI's out.
@@ -71,7 +89,8 @@ class Checkpoint:
     activation: Activation | None = None
     vision_heads: int | None = None
     text_heads: int | None = None
-    config: ActionCLIPConfig | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    config: VideoTextConfig | None = None
     untrained: tuple[str, ...] = ()
     lacks_token_embedding: bool = False
     linear: State = field(default_factory=dict)
@@ -79,7 +98,10 @@ class Checkpoint:
     def forget_head(self) -> None:
         """Drop the visual prompt and a linear classifier, so that others can take their place."""
         self.temporal, self.head, self.linear = None, {}, {}
-        self.clip.pop("visual.time_embedding", None)
+        for key in [key for key in self.clip if key == "visual.time_embedding" or is_added(key)]:
+            del self.clip[key]
+        layers = ("integration_layers", "prompt_layers")
+        self.settings = {key: self.settings[key] for key in self.settings if key not in layers}
         if self.config is not None:
             self.config = replace(self.config, class_names=None)
 
@@ -88,6 +110,7 @@ def convert(
     content: Mapping[str, Any],
     metadata: Mapping[str, str] | None = None,
     file_config: Mapping[str, Any] | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
     """Tell what a weight file holds and bring its keys into one layout.
 
@@ -95,6 +118,7 @@ def convert(
         content: what the file holds: tensors by key, or a dict around them.
         metadata: strings stored beside the tensors of a safetensors file.
         file_config: `config.json` or `open_clip_config.json` found beside the file.
+        preprocessor: what Hugging Face keeps beside the weights of X-CLIP on resizing frames.
 
     Returns:
         The checkpoint; the tensors are the file's own, not copies.
@@ -114,19 +138,20 @@ def convert(
         if isinstance(content.get(wrapper), Mapping):
             state = content[wrapper]
     tensors = _tensors(state)
-    if any(key.startswith("mit.") for key in tensors):
-        raise WeightsError("this is an X-CLIP checkpoint, which this version does not read yet")
     if any(key.startswith("clip.visual.") for key in tensors):
         return _from_mmaction(tensors)
     if any(key.startswith("vision_model.") for key in tensors):
-        return _from_hugging_face(tensors, file_config or {})
+        return _from_hugging_face(tensors, file_config or {}, preprocessor or {})
     if any(key.startswith("image_encoder.") for key in tensors):
         return _from_vifi(tensors)
+    if any(key.startswith("mit.") for key in tensors):
+        return _from_xclip(tensors, {})
     if any(key.startswith("visual.") for key in tensors):
         return _from_clip(tensors, file_config or {})
     raise WeightsError(
         f"none of the known checkpoint layouts has keys such as {_listing(content)}; expected "
-        "OpenAI CLIP, ActionCLIP, mmaction2 ActionCLIP, ViFi-CLIP, open_clip or Hugging Face CLIP"
+        "OpenAI CLIP, ActionCLIP, mmaction2 ActionCLIP, X-CLIP, ViFi-CLIP, open_clip or Hugging "
+        "Face CLIP and X-CLIP"
     )
 
 
@@ -193,12 +218,12 @@ def infer_clip_config(checkpoint: Checkpoint, activation: Activation) -> CLIPCon
     )
 
 
-def config_to_json(config: ActionCLIPConfig) -> str:
+def config_to_json(config: VideoTextConfig) -> str:
     """Write a configuration as the JSON that our files carry."""
-    return json.dumps(asdict(config), sort_keys=True)
+    return json.dumps({**asdict(config), "temporal": config.temporal}, sort_keys=True)
 
 
-def config_from_json(text: str) -> ActionCLIPConfig:
+def config_from_json(text: str) -> VideoTextConfig:
     """Read a configuration that `config_to_json` wrote.
 
     Raises:
@@ -212,6 +237,9 @@ def config_from_json(text: str) -> ActionCLIPConfig:
         for name in ("pixel_mean", "pixel_std", "templates", "vocabulary", "class_names"):
             if values.get(name) is not None:
                 values[name] = tuple(values[name])
+        if values.get("temporal") == "xclip":
+            del values["temporal"]
+            return XCLIPConfig(clip=CLIPConfig(**clip), **values)
         return ActionCLIPConfig(clip=CLIPConfig(**clip), **values)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise WeightsError(f"the configuration stored in the file is not ours: {error}") from error
@@ -225,9 +253,10 @@ def _from_own(state: State, stored: Mapping[str, Any]) -> Checkpoint:
     clip = _below(state, "clip.")
     if parsed.vocabulary is not None:
         _restore_rows(clip, parsed)
+    is_xclip = isinstance(parsed, XCLIPConfig)
     return Checkpoint(
         clip=clip,
-        head=_below(state, "temporal."),
+        head=_beside_towers(state) if is_xclip else _below(state, "temporal."),
         linear=_below(state, "linear."),
         temporal=parsed.temporal,
         num_frames=parsed.num_frames,
@@ -237,7 +266,7 @@ def _from_own(state: State, stored: Mapping[str, Any]) -> Checkpoint:
     )
 
 
-def _restore_rows(clip: State, config: ActionCLIPConfig) -> None:
+def _restore_rows(clip: State, config: VideoTextConfig) -> None:
     """Make the whole token table from the rows that a file of few words holds; others are 0."""
     assert config.vocabulary is not None
     key, rows = "token_embedding.weight", token_ids(config.vocabulary)
@@ -308,7 +337,33 @@ def _from_vifi(state: State) -> Checkpoint:
     clip.update(_below(state, "text_encoder."))
     if "logit_scale" in state:
         clip["logit_scale"] = state["logit_scale"]
-    return Checkpoint(clip, {}, "meanp", activation="quick_gelu", lacks_token_embedding=True)
+    return Checkpoint(
+        clip,
+        {},
+        "meanp",
+        activation="quick_gelu",
+        lacks_token_embedding=True,
+        settings={**XCLIP_PIXELS, "templates": ("a photo of a {}.",)},
+    )
+
+
+def _from_xclip(state: State, pixels: Mapping[str, Any]) -> Checkpoint:
+    """Read X-CLIP under its official keys."""
+    head = _beside_towers(state)
+    positions = head.get(INTEGRATION_POSITIONS)
+    return Checkpoint(
+        {key: value for key, value in state.items() if key not in head},
+        head,
+        "xclip",
+        None if positions is None or positions.ndim != 3 else positions.shape[1],
+        activation="quick_gelu",
+        settings={
+            **XCLIP_PIXELS,
+            **pixels,
+            "integration_layers": _count(head, r"mit\.resblocks\.(\d+)\."),
+            "prompt_layers": _count(head, r"prompts_generator\.decoder\.(\d+)\."),
+        },
+    )
 
 
 def _from_clip(state: State, file_config: Mapping[str, Any]) -> Checkpoint:
@@ -328,13 +383,22 @@ def _from_clip(state: State, file_config: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(clip, activation=activation, vision_heads=vision_heads, text_heads=text_heads)
 
 
-_HUGGING_FACE_BLOCK = {
+_HUGGING_FACE_BLOCKS = {
+    "text_model.encoder.layers": "transformer.resblocks",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "mit.encoder.layers": "mit.resblocks",
+}
+_HUGGING_FACE_PARTS = {
     "self_attn.out_proj": "attn.out_proj",
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
+    "message_fc": "message_fc",
+    "message_ln": "message_ln",
+    "message_attn.out_proj": "message_attn.out_proj",
 }
+_HUGGING_FACE_ATTENTION = {"self_attn": "attn", "message_attn": "message_attn"}
 _HUGGING_FACE_REST = {
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -343,42 +407,61 @@ _HUGGING_FACE_REST = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # sic: the published spelling
+    "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",  # sic: CLIP's published spelling
     "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
+    "vision_model.pre_layernorm.weight": "visual.ln_pre.weight",
+    "vision_model.pre_layernorm.bias": "visual.ln_pre.bias",
     "vision_model.post_layernorm.weight": "visual.ln_post.weight",
     "vision_model.post_layernorm.bias": "visual.ln_post.bias",
     "logit_scale": "logit_scale",
+    "mit.position_embedding": "mit.positional_embedding",
+    "prompts_visual_layernorm.weight": "prompts_visual_ln.weight",
+    "prompts_visual_layernorm.bias": "prompts_visual_ln.bias",
+    "prompts_visual_projection": "prompts_visual_proj",
+    "prompts_generator.alpha": "prompts_generator.alpha",
+    "prompts_generator.layernorm.weight": "prompts_generator.norm.weight",
+    "prompts_generator.layernorm.bias": "prompts_generator.norm.bias",
 }
 
 
-def _from_hugging_face(state: State, file_config: Mapping[str, Any]) -> Checkpoint:
-    """Read Hugging Face's CLIPModel: separate q, k, v and transposed projections."""
-    clip: State = {}
+def _from_hugging_face(
+    state: State, file_config: Mapping[str, Any], preprocessor: Mapping[str, Any]
+) -> Checkpoint:
+    """Read Hugging Face's CLIPModel and XCLIPModel: separate q, k, v, transposed projections."""
+    ours: State = {}
     unknown = []
     for key, value in state.items():
-        tower, _, rest = key.partition("_model.encoder.layers.")
-        index, _, name = rest.partition(".")
-        prefix = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{index}."
+        prefix, name = _split_block(key)
         part, _, last = name.rpartition(".")
+        module, _, projection = part.rpartition(".")
+        is_attention = bool(prefix) and module in _HUGGING_FACE_ATTENTION
         if key in _HUGGING_FACE_REST:
-            clip[_HUGGING_FACE_REST[key]] = value
+            ours[_HUGGING_FACE_REST[key]] = value
         elif key == "visual_projection.weight":
-            clip["visual.proj"] = value.t()
+            ours["visual.proj"] = value.t()
         elif key == "text_projection.weight":
-            clip["text_projection"] = value.t()
-        elif part in _HUGGING_FACE_BLOCK:
-            clip[f"{prefix}{_HUGGING_FACE_BLOCK[part]}.{last}"] = value
-        elif part == "self_attn.q_proj":
+            ours["text_projection"] = value.t()
+        elif key.startswith("prompts_generator.decoder."):
+            ours[key] = value
+        elif prefix and part in _HUGGING_FACE_PARTS:
+            ours[f"{prefix}{_HUGGING_FACE_PARTS[part]}.{last}"] = value
+        elif is_attention and projection == "q_proj":
             thirds = [key.replace("q_proj", f"{third}_proj") for third in "qkv"]
             missing = [third for third in thirds if third not in state]
             if missing:
                 raise WeightsError(f"incomplete attention weights, missing {_listing(missing)}")
-            clip[f"{prefix}attn.in_proj_{last}"] = torch.cat([state[third] for third in thirds])
-        elif part not in ("self_attn.k_proj", "self_attn.v_proj") and last != "position_ids":
+            joined = torch.cat([state[third] for third in thirds])
+            ours[f"{prefix}{_HUGGING_FACE_ATTENTION[module]}.in_proj_{last}"] = joined
+        elif not (is_attention and projection in ("k_proj", "v_proj")) and last != "position_ids":
             unknown.append(key)
     if unknown:
-        raise WeightsError(f"not a Hugging Face CLIPModel, unexpected {_listing(unknown)}")
-    checkpoint = Checkpoint(clip)
+        raise WeightsError(
+            f"not a Hugging Face CLIPModel or XCLIPModel, unexpected {_listing(unknown)}"
+        )
+    if any(key.startswith("mit.") for key in ours):
+        checkpoint = _from_xclip(ours, _xclip_pixels(preprocessor))
+    else:
+        checkpoint = Checkpoint(ours)
     if file_config:
         vision, text = (file_config.get(f"{tower}_config") or {} for tower in ("vision", "text"))
         # The library's own defaults stand for what a configuration leaves out.
@@ -392,6 +475,34 @@ def _from_hugging_face(state: State, file_config: Mapping[str, Any]) -> Checkpoi
         checkpoint.vision_heads = vision.get("num_attention_heads", 12)
         checkpoint.text_heads = text.get("num_attention_heads", 8)
     return checkpoint
+
+
+def _split_block(key: str) -> tuple[str, str]:
+    """Cut the name of a block off a key and put ours in its place: (`mit.resblocks.0.`, rest).
+
+    A key outside of all blocks comes back whole, after an empty name.
+    """
+    match = re.fullmatch(r"(.+\.layers)(\.\d+\.)(.+)", key)
+    if match is None or match[1] not in _HUGGING_FACE_BLOCKS:
+        return "", key
+    return _HUGGING_FACE_BLOCKS[match[1]] + match[2], match[3]
+
+
+def _xclip_pixels(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
+    """Read how frames are resized off what Hugging Face keeps beside the weights."""
+    settings: dict[str, Any] = {}
+    for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
+        values = preprocessor.get(theirs)
+        if isinstance(values, list) and len(values) == 3:
+            settings[ours] = tuple(map(float, values))
+    size = preprocessor.get("size")
+    short_side = size.get("shortest_edge") if isinstance(size, Mapping) else size
+    if isinstance(short_side, int) and preprocessor.get("do_resize", True):
+        settings["resize"] = short_side
+    filters = {PILLOW_BILINEAR: "bilinear", PILLOW_BICUBIC: "bicubic"}
+    if preprocessor.get("resample") in filters:
+        settings["interpolation"] = filters[preprocessor["resample"]]
+    return settings
 
 
 def _tensors(state: Any) -> State:
@@ -409,6 +520,11 @@ def _tensors(state: Any) -> State:
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> State:
     return {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
+
+
+def _beside_towers(state: Mapping[str, Tensor]) -> State:
+    """Keep what X-CLIP has outside of CLIP's two towers."""
+    return {key: state[key] for key in state if key.startswith(("mit.", "prompts_"))}
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

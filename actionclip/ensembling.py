@@ -10,13 +10,15 @@ import copy
 import torch
 
 from actionclip.errors import InputError
-from actionclip.models.actionclip import ActionCLIP
+from actionclip.models.base import VideoTextModel
 from actionclip.tokenizer import token_ids
 
 TOKEN_TABLE = "clip.token_embedding.weight"
 
 
-def interpolate(pretrained: ActionCLIP, finetuned: ActionCLIP, ratio: float) -> ActionCLIP:
+def interpolate(
+    pretrained: VideoTextModel, finetuned: VideoTextModel, ratio: float
+) -> VideoTextModel:
     """Return the model at `ratio` of the way from one model to another.
 
     Every weight that both have, and every running statistic, becomes
@@ -66,7 +68,7 @@ def interpolate(pretrained: ActionCLIP, finetuned: ActionCLIP, ratio: float) -> 
     return mixed
 
 
-def _check_configs(pretrained: ActionCLIP, finetuned: ActionCLIP) -> None:
+def _check_configs(pretrained: VideoTextModel, finetuned: VideoTextModel) -> None:
     """Refuse models in which weights of one name mean different things."""
     one, other = pretrained.config, finetuned.config
     if one.class_names != other.class_names:
@@ -74,10 +76,8 @@ def _check_configs(pretrained: ActionCLIP, finetuned: ActionCLIP) -> None:
             "the two models have different classifiers: a linear one for some classes has to be in "
             "both, for the same ones, or in none; take the model that the fine-tuning started from"
         )
-    pairs = [(name, value, getattr(other.clip, name)) for name, value in vars(one.clip).items()]
-    pairs.append(("pixel_mean", one.pixel_mean, other.pixel_mean))
-    pairs.append(("pixel_std", one.pixel_std, other.pixel_std))
-    for name, before, after in pairs:
+    for name, before in vars(one.clip).items():
+        after = getattr(other.clip, name)
         if before != after:
             raise _difference(name, before, after)
 

@@ -1,13 +1,16 @@
 """The models with a name: where each file is, its checksum, its licence and its shape.
 
-A table and nothing else; `weights.py` acts on it. Sizes and checksums are those
-of the OpenAI release, whose download addresses contain the SHA-256 of the file.
+A table and nothing else; `weights.py` acts on it. Sizes and checksums are those of the OpenAI
+release, whose download addresses contain the SHA-256 of the file. X-CLIP's files are those that
+Hugging Face converted; no checksum of them is published, so their host has to tell it.
 """
 
 from dataclasses import dataclass
 
 from actionclip.models.actionclip import ActionCLIPConfig
+from actionclip.models.base import VideoTextConfig
 from actionclip.models.clip import CLIPConfig
+from actionclip.models.xclip import XCLIPConfig
 from actionclip.prompts import TEMPLATES
 
 
@@ -16,25 +19,22 @@ class PublishedModel:
     """A weight file that can be downloaded, and the shape of what is in it.
 
     Attributes:
-        file: its name, also in the cache.
-        size: bytes.
-        sha256: hex digest of the whole file; nothing else is loaded under this name.
-        config: shape of the model, for building it without the file.
+        url: where the file is published.
+        file: its name in the cache.
+        config: the model, for building it without the file.
+        source: page that documents the weights.
+        size: bytes, where known.
+        sha256: hex digest of the whole file, where known; nothing else is loaded then.
         licence: of the weights.
-        source: page that documents them.
     """
 
+    url: str
     file: str
-    size: int
-    sha256: str
-    config: CLIPConfig
+    config: VideoTextConfig
+    source: str
+    size: int | None = None
+    sha256: str | None = None
     licence: str = "MIT"
-    source: str = "https://github.com/openai/CLIP"
-
-    @property
-    def url(self) -> str:
-        """Where the file is published."""
-        return f"https://openaipublic.azureedge.net/clip/models/{self.sha256}/{self.file}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,28 @@ class PackagedModel:
 
     file: str
     sha256: str
-    config: ActionCLIPConfig
+    config: VideoTextConfig
+
+
+def _openai(file: str, size: int, sha256: str, config: CLIPConfig) -> PublishedModel:
+    return PublishedModel(
+        url=f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}",
+        file=file,
+        config=ActionCLIPConfig(config),
+        source="https://github.com/openai/CLIP",
+        size=size,
+        sha256=sha256,
+    )
+
+
+def _xclip(name: str, config: CLIPConfig, num_frames: int) -> PublishedModel:
+    source = f"https://huggingface.co/microsoft/{name}"
+    return PublishedModel(
+        url=f"{source}/resolve/main/pytorch_model.bin",
+        file=f"{name}.bin",
+        config=XCLIPConfig(config, num_frames=num_frames),
+        source=source,
+    )
 
 
 def _clip(
@@ -76,62 +97,88 @@ def _clip(
     )
 
 
-MODELS = {
-    "ViT-B/32": PublishedModel(
+B32 = _clip(512, 224, 12, 768, 32, 512)
+B16 = _clip(512, 224, 12, 768, 16, 512)
+L14 = _clip(768, 224, 24, 1024, 14, 768)
+L14_336 = _clip(768, 336, 24, 1024, 14, 768)
+
+_OPENAI = {
+    "ViT-B/32": _openai(
         "ViT-B-32.pt",
         353_976_522,
         "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
-        _clip(512, 224, 12, 768, 32, 512),
+        B32,
     ),
-    "ViT-B/16": PublishedModel(
+    "ViT-B/16": _openai(
         "ViT-B-16.pt",
         350_837_078,
         "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
-        _clip(512, 224, 12, 768, 16, 512),
+        B16,
     ),
-    "ViT-L/14": PublishedModel(
+    "ViT-L/14": _openai(
         "ViT-L-14.pt",
         932_768_134,
         "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
-        _clip(768, 224, 24, 1024, 14, 768),
+        L14,
     ),
-    "ViT-L/14@336px": PublishedModel(
+    "ViT-L/14@336px": _openai(
         "ViT-L-14-336px.pt",
         934_088_680,
         "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
-        _clip(768, 336, 24, 1024, 14, 768),
+        L14_336,
     ),
-    "RN50": PublishedModel(
+    "RN50": _openai(
         "RN50.pt",
         255_827_503,
         "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
         _clip(1024, 224, (3, 4, 6, 3), 64, None, 512),
     ),
-    "RN101": PublishedModel(
+    "RN101": _openai(
         "RN101.pt",
         291_791_292,
         "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
         _clip(512, 224, (3, 4, 23, 3), 64, None, 512),
     ),
-    "RN50x4": PublishedModel(
+    "RN50x4": _openai(
         "RN50x4.pt",
         421_854_225,
         "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
         _clip(640, 288, (4, 6, 10, 6), 80, None, 640),
     ),
-    "RN50x16": PublishedModel(
+    "RN50x16": _openai(
         "RN50x16.pt",
         661_125_706,
         "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
         _clip(768, 384, (6, 8, 18, 8), 96, None, 768),
     ),
-    "RN50x64": PublishedModel(
+    "RN50x64": _openai(
         "RN50x64.pt",
         1_353_500_174,
         "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
         _clip(1024, 448, (3, 15, 36, 10), 128, None, 1024),
     ),
 }
+
+# Name, image and text encoder, frames. Few-shot and zero-shot ones are ViT-B/16 with 32 frames.
+_XCLIP = {
+    name: _xclip(name, config, num_frames)
+    for name, config, num_frames in (
+        ("xclip-base-patch32", B32, 8),
+        ("xclip-base-patch32-16-frames", B32, 16),
+        ("xclip-base-patch16", B16, 8),
+        ("xclip-base-patch16-16-frames", B16, 16),
+        ("xclip-large-patch14", L14, 8),
+        ("xclip-large-patch14-16-frames", L14_336, 16),
+        ("xclip-base-patch16-kinetics-600", B16, 8),
+        ("xclip-base-patch16-kinetics-600-16-frames", B16, 16),
+        ("xclip-large-patch14-kinetics-600", L14, 8),
+        *((f"xclip-base-patch16-hmdb-{k}-shot", B16, 32) for k in (2, 4, 8, 16)),
+        *((f"xclip-base-patch16-ucf-{k}-shot", B16, 32) for k in (2, 4, 8, 16)),
+        ("xclip-base-patch16-zero-shot", B16, 32),
+    )
+}
+
+MODELS = _OPENAI | _XCLIP
 
 PACKAGED = {
     "tiny": PackagedModel(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from actionclip.errors import InputError, OutputError, TrainingError
-from actionclip.models.actionclip import ActionCLIP
+from actionclip.models.base import VideoTextModel
 from actionclip.tensor_files import read_file, write_atomically
 from actionclip.weights import save
 
@@ -136,11 +136,11 @@ class RunFolder:
             with _as_output_error(path):
                 os.truncate(path, size)
 
-    def save_best(self, model: ActionCLIP) -> None:
+    def save_best(self, model: VideoTextModel) -> None:
         """Replace the best weights."""
         save(model, self.best)
 
-    def save_average(self, model: ActionCLIP) -> None:
+    def save_average(self, model: VideoTextModel) -> None:
         """Write the mean of the weights of several epochs."""
         save(model, self.average)
 

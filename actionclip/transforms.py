@@ -21,6 +21,9 @@ Interpolation = Literal["bicubic", "bilinear"]
 # The statistics of CLIP's training images, RGB in [0, 1], as OpenAI published them.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Those of ImageNet, by which X-CLIP and what is built on its code normalise.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)

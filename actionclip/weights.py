@@ -11,7 +11,7 @@ import importlib.resources
 import json
 import os
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from actionclip import download
 from actionclip.conversion import (
     CONFIG_KEY,
+    INTEGRATION_POSITIONS,
     POSITIONS,
     UNTRAINED_KEY,
     Checkpoint,
@@ -34,15 +35,20 @@ from actionclip.conversion import (
 )
 from actionclip.errors import InputError, WeightsError
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig, build_head
+from actionclip.models.base import VideoTextConfig, VideoTextModel
 from actionclip.models.clip import CLIP, cast_encoders, image_encoder, initial_time_embedding
 from actionclip.models.layers import Activation
 from actionclip.models.temporal import TemporalTransformer, interpolate_positions
+from actionclip.models.xclip import XCLIP, XCLIPConfig, is_added
 from actionclip.published import MODELS, PACKAGED
 from actionclip.tensor_files import read_file, write_atomically, write_safetensors
 from actionclip.tokenizer import token_ids
 
-# Frames of the paper's smallest setting, for files that do not say how many they were trained on.
-DEFAULT_NUM_FRAMES = 8
+# What `temporal` may ask for: a visual prompt of ActionCLIP, or X-CLIP.
+KINDS = (*TEMPORAL, "xclip")
+
+# Attention heads that Hugging Face's XCLIPModel has by default, whatever its width.
+HUGGING_FACE_HEADS = 8
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,14 +69,16 @@ def load(
     download_root: str | os.PathLike[str] | None = None,
     activation: Activation | None = None,
     official_conv1d: bool = False,
+    hugging_face_heads: bool = False,
     new_head: bool = False,
-) -> ActionCLIP:
+) -> VideoTextModel:
     """Load a model in eval mode.
 
     Args:
         name_or_path: one of `available_models()`, or a weight file or folder.
         temporal: visual prompt: meanp, conv1d, lstm, transf, transf_cls, joint or
-            shift. None takes what the file says, and meanp for a plain CLIP.
+            shift; or xclip for an X-CLIP. None takes what the file says, and meanp for a plain
+            CLIP.
         num_frames: frames T of a video. None takes what the file says, else 8. Tables
             of frame positions are interpolated if theirs is another number.
         device: None is the first GPU if there is one, else the CPU.
@@ -82,11 +90,14 @@ def load(
             `$XDG_CACHE_HOME/actionclip`, else `~/.cache/actionclip`.
         activation: "quick_gelu" (OpenAI) or "gelu", for a file that does not tell.
         official_conv1d: run the conv1d head as the official code does, see `TemporalConv`.
+        hugging_face_heads: run what X-CLIP adds to CLIP with 8 attention heads, as Hugging Face's
+            conversions of the large models do by mistake; the paper's have one for each 64
+            channels, 12 there. The weights are the same.
         new_head: leave the file's visual prompt behind and start `temporal` anew.
 
     Returns:
-        The model; its `config` is everything but the weights, and its `untrained`
-        names the weights that the file did not fill.
+        An `ActionCLIP` or an `XCLIP`; its `config` is everything but the weights, and its
+        `untrained` names the weights that the file did not fill.
 
     Raises:
         InputError: if the name is unknown, or a request contradicts the file.
@@ -99,8 +110,8 @@ def load(
         raise InputError(f"num_frames is {num_frames}, it must be at least 1")
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype is {dtype}; choose from {', '.join(map(str, DTYPES))}")
-    if temporal is not None and canonical_temporal(temporal) not in TEMPORAL:
-        raise InputError(f"temporal is {temporal!r}; choose from {', '.join(TEMPORAL)}")
+    if temporal is not None and canonical_temporal(temporal) not in KINDS:
+        raise InputError(f"temporal is {temporal!r}; choose from {', '.join(KINDS)}")
 
     if activation not in (None, *get_args(Activation)):
         raise InputError(
@@ -110,11 +121,14 @@ def load(
     if pretrained not in (True, False, "image", "text"):
         raise InputError(f"pretrained is {pretrained!r}; use True, False, 'image' or 'text'")
 
+    asked = None if temporal is None else canonical_temporal(temporal)
     if pretrained:
         checkpoint = _read(name, download_root, dtype or torch.float32)
         if new_head:
             checkpoint.forget_head()
-        config = _configure(checkpoint, name, temporal, num_frames, activation, official_conv1d)
+        config = _configure(checkpoint, name, asked, activation)
+        config = _with_time(config, checkpoint, name, asked, num_frames)
+        config = _with_faults(config, name, official_conv1d, hugging_face_heads)
         if pretrained == "text":
             _redraw_image_encoder(checkpoint, config)
         elif pretrained == "image":
@@ -126,15 +140,17 @@ def load(
         _fill(model, checkpoint, name)
     else:
         if name in PACKAGED:
-            initial = PACKAGED[name].config
+            config = PACKAGED[name].config
         elif name in MODELS:
-            initial = ActionCLIPConfig(MODELS[name].config)
+            config = MODELS[name].config
+            if asked == "xclip" and not isinstance(config, XCLIPConfig):
+                config = XCLIPConfig(config.clip)
         else:
             raise InputError(f"pretrained=False needs a known name, {_unknown(name)}")
         if activation is not None:
-            initial = replace(initial, clip=replace(initial.clip, activation=activation))
-        checkpoint = Checkpoint(clip={})
-        config = _with_time(initial, checkpoint, name, temporal, num_frames, official_conv1d)
+            config = replace(config, clip=replace(config.clip, activation=activation))
+        config = _with_time(config, Checkpoint(clip={}), name, asked, num_frames)
+        config = _with_faults(config, name, official_conv1d, hugging_face_heads)
         model = _build(config, name)
         model.untrained = tuple(model.state_dict())
         if dtype is not None:
@@ -145,7 +161,7 @@ def load(
 
 
 def save(
-    model: ActionCLIP, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    model: VideoTextModel, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 ) -> None:
     """Write weights and configuration to one file that `load` takes.
 
@@ -182,7 +198,7 @@ def save(
         raise InputError(f"cannot save to {str(path)!r}: end the name in .safetensors or .pt")
 
 
-def digest(model: ActionCLIP) -> str:
+def digest(model: VideoTextModel) -> str:
     """Return the sha256, in hex, of all weights: two models with the same one are the same."""
     state = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
@@ -206,7 +222,7 @@ def _read(
         raise InputError(_unknown(name))
     file = read_file(path, half_as=half_as)
     try:
-        checkpoint = convert(file.content, file.metadata, file.config)
+        checkpoint = convert(file.content, file.metadata, file.config, file.preprocessor)
         if checkpoint.lacks_token_embedding:
             _borrow_token_embedding(checkpoint, download_root)
     except WeightsError as error:
@@ -226,7 +242,7 @@ def _fetch(name: str, download_root: str | os.PathLike[str] | None) -> str:
         filename=model.file,
         size=model.size,
         cache_dir=None if download_root is None else os.fspath(download_root),
-        # OpenAI's own package keeps the same files there.
+        # OpenAI's own package keeps the same files there, of which the checksum is known.
         also_look_in=() if download_root else (os.path.expanduser("~/.cache/clip"),),
     )
 
@@ -259,7 +275,7 @@ def _borrow_token_embedding(
     )
     config = infer_clip_config(checkpoint, "quick_gelu")
     for name, published in MODELS.items():
-        if published.config == config:
+        if published.config.clip == config:
             checkpoint.clip[key] = _read(name, download_root).clip[key]
             return
     raise WeightsError(
@@ -280,12 +296,10 @@ def _unknown(name: str) -> str:
 def _configure(
     checkpoint: Checkpoint,
     name: str,
-    temporal: str | None,
-    num_frames: int | None,
+    asked: str | None,
     activation: Activation | None,
-    official_conv1d: bool,
-) -> ActionCLIPConfig:
-    """Combine what the file says with what the caller asks for."""
+) -> VideoTextConfig:
+    """Find out what a file holds, as far as it tells, with what the caller knows of it."""
     told = checkpoint.activation
     if told and activation and told != activation:
         raise InputError(f"activation={activation!r} contradicts {name}, which has {told!r}")
@@ -297,53 +311,72 @@ def _configure(
             stacklevel=3,
         )
     if checkpoint.config is not None:
-        config = checkpoint.config
-    else:
-        try:
-            clip = infer_clip_config(checkpoint, told or activation or "quick_gelu")
-        except WeightsError as error:
-            raise WeightsError(f"{name}: {error}") from error
-        config = ActionCLIPConfig(clip)
-    return _with_time(config, checkpoint, name, temporal, num_frames, official_conv1d)
+        return checkpoint.config
+    try:
+        clip = infer_clip_config(checkpoint, told or activation or "quick_gelu")
+    except WeightsError as error:
+        raise WeightsError(f"{name}: {error}") from error
+    if "xclip" in (checkpoint.temporal, asked):
+        return XCLIPConfig(clip, **checkpoint.settings)
+    return ActionCLIPConfig(clip, **checkpoint.settings)
 
 
 def _with_time(
-    config: ActionCLIPConfig,
+    config: VideoTextConfig,
     checkpoint: Checkpoint,
     name: str,
-    temporal: str | None,
+    asked: str | None,
     num_frames: int | None,
-    official_conv1d: bool,
-) -> ActionCLIPConfig:
-    asked = None if temporal is None else canonical_temporal(temporal)
+) -> VideoTextConfig:
+    """Settle how frames become a video embedding, and how many there are."""
     if checkpoint.temporal and asked and asked != checkpoint.temporal:
         raise InputError(
-            f"temporal={temporal!r} contradicts {name}, which has {checkpoint.temporal!r}; leave "
+            f"temporal={asked!r} contradicts {name}, which has {checkpoint.temporal!r}; leave "
             "it out, or start another prompt in training (new_head, --new-head)"
         )
-    return replace(
-        config,
-        temporal=checkpoint.temporal or asked or config.temporal,
-        num_frames=num_frames or checkpoint.num_frames or DEFAULT_NUM_FRAMES,
-        official_conv1d=official_conv1d or config.official_conv1d,
-    )
+    temporal = checkpoint.temporal or asked or config.temporal
+    num_frames = num_frames or checkpoint.num_frames or config.num_frames
+    common = {f.name: getattr(config, f.name) for f in fields(VideoTextConfig)}
+    common["num_frames"] = num_frames
+    if temporal == "xclip":
+        if isinstance(config, XCLIPConfig):
+            return replace(config, num_frames=num_frames)
+        return XCLIPConfig(**common)
+    if isinstance(config, ActionCLIPConfig):
+        return replace(config, temporal=temporal, num_frames=num_frames)
+    return ActionCLIPConfig(**common, temporal=temporal)
 
 
-def _build(config: ActionCLIPConfig, name: str) -> ActionCLIP:
+def _with_faults(
+    config: VideoTextConfig, name: str, official_conv1d: bool, hugging_face_heads: bool
+) -> VideoTextConfig:
+    """Let the model have the faults of other code that the caller wants."""
+    if isinstance(config, XCLIPConfig):
+        return replace(config, heads=HUGGING_FACE_HEADS) if hugging_face_heads else config
+    if hugging_face_heads:
+        raise InputError(f"hugging_face_heads is for an X-CLIP, and {name} is none; leave it out")
+    assert isinstance(config, ActionCLIPConfig)
+    return replace(config, official_conv1d=official_conv1d or config.official_conv1d)
+
+
+def _build(config: VideoTextConfig, name: str) -> VideoTextModel:
     try:
+        if isinstance(config, XCLIPConfig):
+            return XCLIP(config)
+        assert isinstance(config, ActionCLIPConfig)
         return ActionCLIP(config)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
 
 
-def _redraw_image_encoder(checkpoint: Checkpoint, config: ActionCLIPConfig) -> None:
+def _redraw_image_encoder(checkpoint: Checkpoint, config: VideoTextConfig) -> None:
     """Replace the file's image encoder by the published initialisation."""
     initial = {f"visual.{k}": v for k, v in image_encoder(config.clip).state_dict().items()}
     checkpoint.clip |= initial
     checkpoint.untrained = (*checkpoint.untrained, *(f"clip.{key}" for key in initial))
 
 
-def _redraw_text_encoder(checkpoint: Checkpoint, config: ActionCLIPConfig) -> ActionCLIPConfig:
+def _redraw_text_encoder(checkpoint: Checkpoint, config: VideoTextConfig) -> VideoTextConfig:
     """Replace all but the file's image encoder; the words that it knew are forgotten."""
     initial = {
         key: value
@@ -355,7 +388,7 @@ def _redraw_text_encoder(checkpoint: Checkpoint, config: ActionCLIPConfig) -> Ac
     return replace(config, vocabulary=None)
 
 
-def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
+def _fill(model: VideoTextModel, checkpoint: Checkpoint, name: str) -> None:
     """Move the file's tensors into a model that was built unfilled.
 
     Prompt weights that a plain CLIP cannot have are initialised and noted in
@@ -363,7 +396,8 @@ def _fill(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
     """
     _fit_positions(model, checkpoint, name)
     state = {f"clip.{key}": value for key, value in checkpoint.clip.items()}
-    state |= {f"temporal.{key}": value for key, value in checkpoint.head.items()}
+    prefix = "temporal." if isinstance(model, ActionCLIP) else ""
+    state |= {f"{prefix}{key}": value for key, value in checkpoint.head.items()}
     state |= {f"linear.{key}": value for key, value in checkpoint.linear.items()}
     checkpoint.clip.clear()  # so that each tensor of the file is freed once it is converted
     if checkpoint.temporal is None:
@@ -407,7 +441,7 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _fit_positions(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None:
+def _fit_positions(model: VideoTextModel, checkpoint: Checkpoint, name: str) -> None:
     """Make the file's table of frame positions and the model's agree on the frames."""
     length, trained = model.num_frames, checkpoint.num_frames
     clip, head = checkpoint.clip, checkpoint.head
@@ -415,6 +449,7 @@ def _fit_positions(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None
         (clip, "visual.time_embedding", 2),
         (head, "transformer.pos_embed", 3),
         (head, POSITIONS, 2),
+        (head, INTEGRATION_POSITIONS, 3),
     ):
         if key in state and (state[key].ndim != rank or not state[key].numel()):
             raise WeightsError(f"{name}: {key} has shape {tuple(state[key].shape)}, not a table")
@@ -424,7 +459,10 @@ def _fit_positions(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None
         table = head["transformer.pos_embed"][0]
         stretched = interpolate_positions(table[1:], length)
         head["transformer.pos_embed"] = torch.cat([table[:1], stretched])[None]
-    elif isinstance(model.temporal, TemporalTransformer) and POSITIONS in head:
+    elif INTEGRATION_POSITIONS in head:
+        table = head[INTEGRATION_POSITIONS][0]
+        head[INTEGRATION_POSITIONS] = interpolate_positions(table, length)[None]
+    elif POSITIONS in head:
         table = head[POSITIONS]
         if trained is not None and trained != length:
             table = interpolate_positions(table[:trained], length)
@@ -433,11 +471,16 @@ def _fit_positions(model: ActionCLIP, checkpoint: Checkpoint, name: str) -> None
                 f"num_frames={length} is more than the {len(table)} frame positions in {name}"
             )
         head[POSITIONS] = table
+        assert isinstance(model, ActionCLIP)
+        assert isinstance(model.temporal, TemporalTransformer)
         model.temporal.frame_position_embeddings = nn.Embedding(*table.shape)
 
 
-def _initial_prompt(config: ActionCLIPConfig) -> State:
-    """Draw the weights that a visual prompt adds to CLIP."""
+def _initial_prompt(config: VideoTextConfig) -> State:
+    """Draw the weights that a visual prompt, or X-CLIP, adds to CLIP."""
+    if isinstance(config, XCLIPConfig):
+        return {key: value for key, value in XCLIP(config).state_dict().items() if is_added(key)}
+    assert isinstance(config, ActionCLIPConfig)
     if config.temporal == "joint":
         table = initial_time_embedding(config.num_frames, config.clip.vision_width)
         return {"clip.visual.time_embedding": table}

@@ -162,7 +162,7 @@ def open_clip_peer(model: ActionCLIP) -> nn.Module:
     """Return open_clip's model of the same architecture with our weights."""
     import open_clip
 
-    names = {published.config: name for name, published in MODELS.items()}
+    names = {published.config.clip: name for name, published in MODELS.items()}
     name = names[model.config.clip].replace("/", "-").replace("@336px", "-336")
     peer = open_clip.create_model(f"{name}-quickgelu")
     peer.load_state_dict(model.clip.state_dict(), strict=False)
@@ -185,7 +185,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    model = ActionCLIP(ActionCLIPConfig(MODELS[args.model].config)).eval()
+    model = ActionCLIP(ActionCLIPConfig(MODELS[args.model].config.clip)).eval()
     side = model.input_resolution
     prompts = fill_templates(TEMPLATES["actionclip"], [name.strip() for name in LABELS.split(",")])
     tokens = tokenize(prompts)

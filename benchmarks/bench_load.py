@@ -64,7 +64,7 @@ def write_archive(path: str, name: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * self.logit_scale
 
-    config = MODELS[name].config
+    config = MODELS[name].config.clip
     model = Released(config).eval()
     cast_encoders(model, torch.float16)
     extras = (config.image_resolution, config.context_length, config.vocab_size)
@@ -77,7 +77,11 @@ def write_archive(path: str, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="ViT-B/16", choices=list(MODELS))
+    parser.add_argument(
+        "--model",
+        default="ViT-B/16",
+        choices=[name for name in MODELS if not name.startswith("xclip")],
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()

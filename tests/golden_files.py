@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from actionclip.models.clip import CLIP, CLIPConfig, cast_encoders
+from actionclip.models.xclip import XCLIP, XCLIPConfig
 
 FOLDER = Path(__file__).parent / "golden"
 
@@ -79,3 +80,51 @@ def write_archive(path: Path, name: str, *, half: bool = True) -> Path:
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.save(torch.jit.trace(model, torch.ones(1)), path)
     return path
+
+
+@cache
+def xclip_config(name: str) -> XCLIPConfig:
+    """Build the configuration that `xclip_<name>.npz` was made with."""
+    arch = json.loads(str(load_golden(f"xclip_{name}.npz")["arch"]))
+    clip = CLIPConfig(
+        embed_dim=arch["embed_dim"],
+        image_resolution=arch["image_resolution"],
+        vision_layers=arch["vision_layers"],
+        vision_width=arch["vision_width"],
+        vision_patch_size=arch["vision_patch_size"],
+        vision_heads=arch["vision_heads"],
+        context_length=arch["context_length"],
+        vocab_size=arch["vocab_size"],
+        text_width=arch["transformer_width"],
+        text_heads=arch["transformer_heads"],
+        text_layers=arch["transformer_layers"],
+    )
+    return XCLIPConfig(clip, num_frames=arch["T"])
+
+
+def xclip_frames(name: str) -> Tensor:
+    """Return the frames of `xclip_<name>.npz`, after checking their first values."""
+    golden = load_golden(f"xclip_{name}.npz")
+    arch = json.loads(str(golden["arch"]))
+    frames = filled.frames(arch["frames"].removeprefix("frames:"), tuple(arch["frames_shape"]))
+    assert torch.equal(frames.flatten()[:16], torch.from_numpy(golden["frames_head"]))
+    return frames
+
+
+@cache
+def xclip_state(name: str) -> dict[str, Tensor]:
+    """Fill an X-CLIP by the rule, under the official keys."""
+    with torch.device("meta"):
+        model = XCLIP(xclip_config(name))
+    shapes = {k.removeprefix("clip."): tuple(v.shape) for k, v in model.state_dict().items()}
+    return filled.state_dict(shapes)
+
+
+def build_xclip(name: str) -> XCLIP:
+    """Build an X-CLIP with the filled weights, in evaluation mode."""
+    with torch.device("meta"):
+        model = XCLIP(xclip_config(name))
+    state = xclip_state(name)
+    ours = {key: state[key.removeprefix("clip.")] for key in model.state_dict()}
+    model.load_state_dict({key: value.clone() for key, value in ours.items()}, assign=True)
+    return model.eval()

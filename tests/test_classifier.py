@@ -142,9 +142,8 @@ def test_views_are_averaged_after_the_softmax(model: ActionCLIP, videos: list[Pa
         for crop in three_crops(frames):
             pixels = normalize(crop[None], preprocessing.mean, preprocessing.std)
             with torch.inference_mode():
-                logits = model.logits(
-                    model.encode_video(pixels), classifier.text_embeddings.flatten(0, 1), 100.0
-                )
+                features = model.video_features(pixels)
+                logits = model.compare(features, classifier.text_embeddings.flatten(0, 1), 100.0)
                 single.append(fuse_templates(logits.unflatten(1, (16, 3)))[0])
     expected = torch.stack(single).mean(0)
     torch.testing.assert_close(classifier(videos[0]).scores, expected, rtol=0, atol=1e-5)
@@ -275,7 +274,7 @@ def test_damage_is_a_warning_and_strict_an_error(
 
 
 def test_untrained_weights_are_named_once(videos: list[Path]) -> None:
-    config = ActionCLIPConfig(clip_config("tiny"), "transf", 4)
+    config = ActionCLIPConfig(clip_config("tiny"), temporal="transf", num_frames=4)
     model = ActionCLIP(config)
     model.untrained = ("temporal.a", "temporal.b")
     with pytest.warns(UserWarning, match=r"untrained weights \(temporal\.a and 1 more\)"):

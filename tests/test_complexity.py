@@ -27,7 +27,9 @@ def peer(run: Callable[[], object]) -> int:
 def build(name: str, temporal: str, num_frames: int) -> tuple[ActionCLIP, torch.Tensor]:
     """Return a published model without weights, and a video for it."""
     with torch.device("meta"):
-        model = ActionCLIP(ActionCLIPConfig(MODELS[name].config, temporal, num_frames)).eval()
+        model = ActionCLIP(
+            ActionCLIPConfig(MODELS[name].config.clip, temporal=temporal, num_frames=num_frames)
+        ).eval()
         return model, torch.empty(1, num_frames, 3, 224, 224)
 
 
@@ -126,7 +128,9 @@ def test_errors_of_the_call_come_through() -> None:
 
 @pytest.mark.parametrize("temporal", TEMPORAL)
 def test_every_visual_prompt_counts_the_same_wherever_it_runs(temporal: str) -> None:
-    config = ActionCLIPConfig(replace(TINY, embed_dim=64, text_width=64), temporal, num_frames=3)
+    config = ActionCLIPConfig(
+        replace(TINY, embed_dim=64, text_width=64), temporal=temporal, num_frames=3
+    )
     videos = torch.zeros(2, 3, 3, 32, 32)
     model = ActionCLIP(config).eval()
     totals = set()
@@ -165,7 +169,7 @@ def test_table_7(name: str, num_frames: int, paper: float) -> None:
     counts = multiply_adds(lambda: model.temporal(model.encode_frames(videos)))
     # Within 1 %, head included; the paper's counter took in some more than multiply-adds.
     assert sum(counts.values()) / 1e9 == pytest.approx(paper, rel=0.0015)
-    config, width, dim = MODELS[name].config, 768, 512
+    config, width, dim = MODELS[name].config.clip, 768, 512
     patches = (224 // config.vision_patch_size) ** 2
     tokens = patches + 1
     by_hand = {

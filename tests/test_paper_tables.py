@@ -16,6 +16,7 @@ from golden_files import clip_config, write_archive
 from actionclip import weights
 from actionclip.cli import eval as eval_command
 from actionclip.cli import train as train_command
+from actionclip.models.actionclip import ActionCLIPConfig
 from actionclip.published import MODELS
 from actionclip.runs import RunFolder
 from actionclip.synthetic import MOTIONS, sentence, write_clip
@@ -206,7 +207,9 @@ def large(root: Path) -> Runner:
 def check(runner: Runner, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_fetch", runner.fetch)
     for name, shape in runner.archives.items():
-        monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=clip_config(shape)))
+        monkeypatch.setitem(
+            MODELS, name, replace(MODELS[name], config=ActionCLIPConfig(clip_config(shape)))
+        )
     # What other tests look at, and takes most of the time.
     monkeypatch.setattr(RunFolder, "save_state", lambda self, state: None)
     monkeypatch.setattr(train_command, "draw", lambda folder: None)

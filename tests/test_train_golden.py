@@ -23,7 +23,11 @@ def build_trainer(folder: Path, micro_batch: int | None = None) -> Trainer:
     solver = json.loads(str(golden["train/solver"]))
     # The reference frames are floats; with these statistics `normalize` leaves them as they are.
     config = ActionCLIPConfig(
-        clip_config("tiny"), "transf", 4, pixel_mean=(0, 0, 0), pixel_std=(1 / 255,) * 3
+        clip_config("tiny"),
+        temporal="transf",
+        num_frames=4,
+        pixel_mean=(0, 0, 0),
+        pixel_std=(1 / 255,) * 3,
     )
     model = ActionCLIP(config)
     filled.fill_(model.clip)

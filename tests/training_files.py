@@ -40,7 +40,7 @@ def write_all(folder: Path) -> Path:
     for name, temporal in (("model", "transf_cls"), ("plain", "meanp")):
         torch.manual_seed(0)
         config = ActionCLIPConfig(
-            CLIP, temporal, num_frames=3, templates=("a video of {}", "{}", "watch {}")
+            CLIP, temporal=temporal, num_frames=3, templates=("a video of {}", "{}", "watch {}")
         )
         actionclip.save(ActionCLIP(config), folder / f"{name}.safetensors")
     for part, count in (("train", 3), ("val", 1)):

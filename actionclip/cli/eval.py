@@ -33,7 +33,7 @@ from actionclip.ensembling import interpolate
 from actionclip.errors import InputError, MissingExtraError, OutputError
 from actionclip.evaluate import Evaluation, draw_subsets, evaluate_subsets
 from actionclip.labels import read_labels
-from actionclip.models.actionclip import ActionCLIP
+from actionclip.models.base import VideoTextModel
 from actionclip.precision import PRECISION_NAMES
 from actionclip.prompts import comparison_key
 from actionclip.weights import load
@@ -335,7 +335,7 @@ def count_videos(protocol: Protocol) -> int:
 
 def models(
     args: argparse.Namespace, device: torch.device
-) -> Iterator[tuple[float | None, ActionCLIP]]:
+) -> Iterator[tuple[float | None, VideoTextModel]]:
     """Yield the models to evaluate, with their ratios if they stand between two others."""
     model = options.load_model(args, device)
     if args.interpolate is None:

@@ -88,8 +88,8 @@ class VisionTransformer(nn.Module):
         return torch.cat([classes, patches], dim=1) + self.positional_embedding.to(patches.dtype)
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Read the embeddings (N, D) off the class tokens of (N, L, W)."""
-        return self.ln_post(tokens[:, 0]) @ self.proj
+        """Read the embeddings (..., D) off the class tokens of (..., L, W)."""
+        return self.ln_post(tokens[..., 0, :]) @ self.proj
 
 
 class ShiftVisionTransformer(VisionTransformer):

@@ -88,11 +88,12 @@ class ResidualAttentionBlock(nn.Module):
         return x + self._drop(self.mlp(self.ln_2(x)))
 
     def _drop(self, branch: Tensor) -> Tensor:
-        """Zero the branch (N, L, C) of some samples and scale the others up, in training."""
+        """Zero the branch (N, ..., C) of some samples and scale the others up, in training."""
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path
-        return branch * (branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep)
+        per_sample = branch.new_empty(len(branch), *[1] * (branch.ndim - 1))
+        return branch * (per_sample.bernoulli_(keep) / keep)
 
 
 class Transformer(nn.Module):

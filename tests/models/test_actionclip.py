@@ -15,7 +15,9 @@ TAGS = {"tiny": "tiny_b2_t4", "ViT-B/32": "ViT-B-32_b2_t8"}
 
 
 def build(name: str, temporal: str, num_frames: int = 4) -> ActionCLIP:
-    return ActionCLIP(ActionCLIPConfig(clip_config(name), temporal, num_frames)).eval()
+    return ActionCLIP(
+        ActionCLIPConfig(clip_config(name), temporal=temporal, num_frames=num_frames)
+    ).eval()
 
 
 def fill_both(model: ActionCLIP) -> ActionCLIP:
@@ -52,7 +54,8 @@ def test_end_to_end_against_the_reference() -> None:
     with torch.inference_mode():
         frame_embeddings = model.encode_frames(frames)
         videos, texts = model.encode_video(frames), model.encode_text(tokens)
-        probs = fuse_templates(model.logits(videos, texts, scale=100.0).unflatten(1, (16, 6)))
+        logits = model.compare((videos,), texts, scale=100.0)
+        probs = fuse_templates(logits.unflatten(1, (16, 6)))
         logits = model(frames, tokens)
     for actual, key in (
         (frame_embeddings, "frame_embed"),

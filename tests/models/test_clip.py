@@ -74,7 +74,7 @@ def test_reference_intermediate_values_of_the_resnet() -> None:
 
 @pytest.mark.parametrize("name", list(load_golden("state_keys.json")["clip"]))
 def test_state_dict_has_the_published_keys_and_shapes(name: str) -> None:
-    config = MODELS[name].config if name in MODELS else clip_config(name)
+    config = MODELS[name].config.clip if name in MODELS else clip_config(name)
     with torch.device("meta"):
         model = CLIP(config)
     assert {k: list(v.shape) for k, v in model.state_dict().items()} == state_shapes("clip", name)
@@ -92,14 +92,14 @@ def test_state_dict_has_the_published_keys_and_shapes(name: str) -> None:
 )
 def test_parameter_counts(name: str, parameters: int, visual: int) -> None:
     with torch.device("meta"):
-        model = CLIP(MODELS[name].config)
+        model = CLIP(MODELS[name].config.clip)
     assert sum(p.numel() for p in model.parameters()) == parameters
     assert sum(p.numel() for p in model.visual.parameters()) == visual
 
 
 @pytest.mark.parametrize("name", ["RN101", "RN50x4", "RN50x16", "RN50x64"])
 def test_every_published_resnet_can_be_built(name: str) -> None:
-    config = MODELS[name].config
+    config = MODELS[name].config.clip
     with torch.device("meta"):
         model = CLIP(config)
         images = torch.empty(1, 3, config.image_resolution, config.image_resolution)
@@ -204,6 +204,6 @@ def test_temporal_shift_against_the_reference() -> None:
 
 def test_golden_configurations_are_the_published_ones() -> None:
     for name in ("ViT-B/32", "ViT-B/16", "RN50"):
-        assert clip_config(name) == MODELS[name].config
+        assert clip_config(name) == MODELS[name].config.clip
         stored = json.loads(str(load_golden(f"clip_{name.replace('/', '-')}.npz")["config"]))
-        assert stored["embed_dim"] == MODELS[name].config.embed_dim
+        assert stored["embed_dim"] == MODELS[name].config.clip.embed_dim

@@ -23,7 +23,9 @@ OFFICIAL = {
 
 
 def head(name: str, num_frames: int = 8) -> nn.Module:
-    return build_head(ActionCLIPConfig(clip_config("ViT-B/32"), name, num_frames)).eval()
+    return build_head(
+        ActionCLIPConfig(clip_config("ViT-B/32"), temporal=name, num_frames=num_frames)
+    ).eval()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,238 @@
+"""X-CLIP's weights in every published format, and the peer in transformers on the same ones."""
+
+from pathlib import Path
+
+import filled
+import pytest
+import torch
+from golden_files import build_xclip, load_golden, write_archive, xclip_config, xclip_frames
+from golden_files import xclip_state as official_state
+from safetensors.torch import save_file
+from torch import Tensor
+from xclip_files import hugging_face_model, to_hugging_face, write_folder, write_official
+
+import actionclip
+from actionclip import weights
+from actionclip.errors import InputError, WeightsError
+from actionclip.models.actionclip import ActionCLIP
+from actionclip.models.xclip import XCLIP, XCLIPConfig, is_added
+from actionclip.published import MODELS
+from actionclip.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+
+
+def tokens(name: str) -> Tensor:
+    return torch.from_numpy(load_golden(f"xclip_{name}.npz")["token_ids"]).long()
+
+
+def assert_same_weights(model: XCLIP, name: str) -> None:
+    expected = build_xclip(name).state_dict()
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+@pytest.mark.parametrize("name", ["b32_t8"])
+@torch.inference_mode()
+def test_agreement_with_transformers(name: str, tmp_path: Path) -> None:
+    """The same weights under both key layouts, here and there."""
+    frames, ids = xclip_frames(name), tokens(name)
+    peer = hugging_face_model(name)
+    output = peer(pixel_values=frames, input_ids=ids)
+    ours = build_xclip(name)
+    videos, patches = ours.video_features(frames)
+    prompted = ours.prompt_text(ours.encode_text(ids), patches)
+    normalise = torch.nn.functional.normalize
+    for found, expected in (
+        (normalise(videos, dim=-1), output.video_embeds),
+        (normalise(prompted, dim=-1), output.text_embeds),
+        (ours(frames, ids), output.logits_per_video),
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    folder = write_folder(tmp_path, name)
+    model = actionclip.load(folder)
+    assert isinstance(model, XCLIP)
+    assert_same_weights(model, name)
+    torch.testing.assert_close(model(frames, ids), output.logits_per_video, rtol=0, atol=1e-5)
+
+
+def test_official_checkpoints(tmp_path: Path) -> None:
+    model = actionclip.load(write_official(tmp_path / "k400_32_8.pth", "small"))
+    assert model.config == xclip_config("small")
+    assert_same_weights(model, "small")
+    assert not model.untrained
+    assert model.preprocessing == Preprocessing(64, 73, IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+    assert model.config.templates == ("{}",)
+    assert model.config.raw_labels
+
+
+@pytest.mark.parametrize("kind", ["folder", "old folder", "safetensors", "bin"])
+def test_hugging_face_files(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Blocks of the small model are numbered like the first ones of ViT-B/32.
+    state = to_hugging_face(official_state("small"))
+    if kind == "safetensors":
+        path = tmp_path / "x.safetensors"
+        save_file(state, path)
+    elif kind == "bin":
+        path = tmp_path / "x.bin"
+        torch.save(state, path)
+    else:
+        path = write_folder(tmp_path / "folder", "small", old=kind == "old folder")
+    model = actionclip.load(path)
+    assert_same_weights(model, "small")
+    # Only a folder says that frames are not resized to more than the crop.
+    assert model.preprocessing.resize == (64 if "folder" in kind else 73)
+    assert model.preprocessing.interpolation == "bilinear"
+    assert model.pixel_std == IMAGENET_STD
+
+
+def test_heads_are_those_of_the_paper_whatever_the_conversion_says(tmp_path: Path) -> None:
+    frames, ids = xclip_frames("small"), tokens("small")
+    folder = write_folder(tmp_path, "small")
+    mistaken = hugging_face_model("small", heads=8)
+    mistaken.config.save_pretrained(folder)
+    with torch.inference_mode():
+        expected = mistaken(pixel_values=frames, input_ids=ids).logits_per_video
+        right = actionclip.load(folder)(frames, ids)
+        mimicked = actionclip.load(folder, hugging_face_heads=True)(frames, ids)
+    golden = torch.from_numpy(load_golden("xclip_small.npz")["logits"])
+    torch.testing.assert_close(right, golden, rtol=0, atol=1e-4)
+    torch.testing.assert_close(mimicked, expected, rtol=0, atol=1e-4)
+    assert (right - mimicked).abs().max() > 1e-3
+    with torch.device("meta"):
+        model = XCLIP(MODELS["xclip-large-patch14"].config)
+    assert model.mit.resblocks[0].attn.heads == 12
+    assert model.prompts_generator.decoder[1].cross_attn.heads == 12
+
+
+def test_hugging_face_heads_need_an_xclip() -> None:
+    with pytest.raises(InputError, match="hugging_face_heads is for an X-CLIP, and tiny is none"):
+        actionclip.load("tiny", hugging_face_heads=True)
+
+
+def test_incomplete_and_foreign_keys_are_listed(tmp_path: Path) -> None:
+    state = dict(official_state("small"))
+    del state["mit.resblocks.0.ln_1.weight"]
+    state["mit.resblocks.0.ln_9.weight"] = torch.zeros(1)
+    torch.save({"model": state}, tmp_path / "x.pth")
+    with pytest.raises(
+        WeightsError,
+        match=r"missing: mit\.resblocks\.0\.ln_1\.weight; unexpected: mit\.resblocks\.0\.ln_9",
+    ):
+        actionclip.load(tmp_path / "x.pth")
+    renamed = to_hugging_face(official_state("small"))
+    renamed["mit.encoder.layers.0.self_attn.r_proj.weight"] = torch.zeros(1)
+    torch.save(renamed, tmp_path / "y.bin")
+    with pytest.raises(WeightsError, match=r"unexpected mit\.encoder\.layers\.0\.self_attn\.r_pr"):
+        actionclip.load(tmp_path / "y.bin")
+
+
+def test_another_number_of_frames_stretches_the_positions(tmp_path: Path) -> None:
+    torch.save({"model": official_state("small")}, tmp_path / "x.pth")
+    model = actionclip.load(tmp_path / "x.pth", num_frames=7)
+    assert model.num_frames == 7
+    table = model.mit.positional_embedding
+    assert table.shape == (1, 7, 128)
+    # Seven positions in four: the middle one lies between the second and the third.
+    old = official_state("small")["mit.positional_embedding"]
+    torch.testing.assert_close(table[0, 3], old[0, 1:3].mean(0))
+    assert model.encode_video(torch.zeros(1, 7, 3, 64, 64)).shape == (1, 128)
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", "own.pt"])
+def test_our_own_files_come_back_whole(tmp_path: Path, name: str) -> None:
+    model = actionclip.load("tiny", temporal="xclip", new_head=True)
+    actionclip.save(model, tmp_path / name)
+    again = actionclip.load(tmp_path / name)
+    assert again.config == model.config
+    assert again.untrained == model.untrained
+    assert weights.digest(again) == weights.digest(model)
+
+
+def test_an_xclip_starts_from_a_clip(tmp_path: Path) -> None:
+    path = write_archive(tmp_path / "tiny.pt", "tiny", half=False)
+    torch.manual_seed(3)
+    model = actionclip.load(path, temporal="xclip")
+    config = model.config
+    assert isinstance(config, XCLIPConfig)
+    assert (config.pixel_mean, config.templates) == (IMAGENET_MEAN, ("{}",))
+    assert set(model.untrained) == {key for key in model.state_dict() if is_added(key)}
+    plain = actionclip.load(path)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    torch.manual_seed(3)
+    assert weights.digest(actionclip.load(path, temporal="xclip")) == weights.digest(model)
+
+
+def test_our_own_files_keep_their_pixels_as_an_xclip() -> None:
+    tiny = actionclip.load("tiny")
+    model = actionclip.load("tiny", temporal="xclip", new_head=True)
+    assert isinstance(model, XCLIP)
+    assert model.pixel_mean == tiny.pixel_mean
+    assert model.config.vocabulary == tiny.config.vocabulary
+
+
+def test_an_xclip_can_become_an_actionclip_again(tmp_path: Path) -> None:
+    torch.save({"model": official_state("small")}, tmp_path / "x.pth")
+    model = actionclip.load(tmp_path / "x.pth", temporal="transf", new_head=True)
+    assert isinstance(model, ActionCLIP)
+    assert model.config.temporal == "transf"
+    assert not any(is_added(key) for key in model.state_dict())
+    with pytest.raises(InputError, match=r"temporal='transf' contradicts .*, which has 'xclip'"):
+        actionclip.load(tmp_path / "x.pth", temporal="transf")
+
+
+def test_an_xclip_without_weights() -> None:
+    config = MODELS["xclip-base-patch16-16-frames"].config
+    assert config.num_frames == 16
+    with torch.device("meta"):
+        model = weights._build(config, "x")
+    assert isinstance(model, XCLIP)
+    torch.manual_seed(0)
+    model = actionclip.load("tiny", temporal="xclip", pretrained=False, num_frames=4)
+    assert isinstance(model, XCLIP)
+    assert set(model.untrained) == set(model.state_dict())
+
+
+def test_half_precision_keeps_what_is_new_in_fp32(tmp_path: Path) -> None:
+    torch.save({"model": official_state("small")}, tmp_path / "x.pth")
+    model = actionclip.load(tmp_path / "x.pth", dtype=torch.bfloat16)
+    assert model.clip.visual.transformer.resblocks[0].message_fc.weight.dtype == torch.bfloat16
+    assert model.mit.resblocks[0].mlp.c_fc.weight.dtype == torch.float32
+    with torch.inference_mode():
+        logits = model(xclip_frames("small"), tokens("small"))
+    assert logits.dtype == torch.float32
+    golden = torch.from_numpy(load_golden("xclip_small.npz")["logits"])
+    torch.testing.assert_close(logits, golden, rtol=0, atol=0.15)
+
+
+def test_resnets_are_refused(tmp_path: Path) -> None:
+    path = write_archive(tmp_path / "rn.pt", "tiny-rn", half=False)
+    with pytest.raises(InputError, match=r"rn\.pt: X-CLIP works inside a vision transformer"):
+        actionclip.load(path, temporal="xclip")
+
+
+def test_vifi_clip_has_the_pixels_of_its_code(tmp_path: Path, monkeypatch) -> None:
+    from golden_files import clip_state
+
+    clip = clip_state("tiny")
+    state = {}
+    for key, value in clip.items():
+        if key.startswith("visual."):
+            state[f"module.image_encoder.{key.removeprefix('visual.')}"] = value
+        elif key not in ("token_embedding.weight", "logit_scale"):
+            state[f"module.text_encoder.{key}"] = value
+    state["module.logit_scale"] = clip["logit_scale"]
+    torch.save({"model": state}, tmp_path / "vifi.pth")
+
+    def borrow(checkpoint, download_root) -> None:
+        checkpoint.clip["token_embedding.weight"] = filled.tensor(
+            "token_embedding.weight", (49408, 64)
+        )
+
+    monkeypatch.setattr(weights, "_borrow_token_embedding", borrow)
+    model = actionclip.load(tmp_path / "vifi.pth")
+    assert model.config.temporal == "meanp"
+    assert model.config.templates == ("a photo of a {}.",)
+    assert (model.pixel_mean, model.config.interpolation) == (IMAGENET_MEAN, "bilinear")
+    assert model.config.sampling == "xclip"
