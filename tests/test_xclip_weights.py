@@ -1,5 +1,6 @@
 """X-CLIP's weights in every published format, and the peer in transformers on the same ones."""
 
+import json
 from pathlib import Path
 
 import filled
@@ -13,11 +14,21 @@ from xclip_files import hugging_face_model, to_hugging_face, write_folder, write
 
 import actionclip
 from actionclip import weights
+from actionclip.cli import zeroshot
+from actionclip.conversion import convert
 from actionclip.errors import InputError, WeightsError
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.models.xclip import XCLIP, XCLIPConfig, is_added
 from actionclip.published import MODELS
-from actionclip.transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from actionclip.tokenizer import tokenize
+from actionclip.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    normalize,
+    views,
+)
+from actionclip.video import read_frames
 
 
 def tokens(name: str) -> Tensor:
@@ -32,28 +43,28 @@ def assert_same_weights(model: XCLIP, name: str) -> None:
         assert torch.equal(found[key], value), key
 
 
-@pytest.mark.parametrize("name", ["b32_t8"])
 @torch.inference_mode()
-def test_agreement_with_transformers(name: str, tmp_path: Path) -> None:
-    """The same weights under both key layouts, here and there."""
+def test_agreement_with_transformers() -> None:
+    """The same ViT-B/32 under both key layouts, there and here, and back."""
+    name = "b32_t8"
     frames, ids = xclip_frames(name), tokens(name)
     peer = hugging_face_model(name)
     output = peer(pixel_values=frames, input_ids=ids)
     ours = build_xclip(name)
     videos, patches = ours.video_features(frames)
-    prompted = ours.prompt_text(ours.encode_text(ids), patches)
+    texts = ours.encode_text(ids)
     normalise = torch.nn.functional.normalize
     for found, expected in (
         (normalise(videos, dim=-1), output.video_embeds),
-        (normalise(prompted, dim=-1), output.text_embeds),
-        (ours(frames, ids), output.logits_per_video),
+        (normalise(ours.prompt_text(texts, patches), dim=-1), output.text_embeds),
+        (ours.compare((videos, patches), texts), output.logits_per_video),
     ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    folder = write_folder(tmp_path, name)
-    model = actionclip.load(folder)
-    assert isinstance(model, XCLIP)
-    assert_same_weights(model, name)
-    torch.testing.assert_close(model(frames, ids), output.logits_per_video, rtol=0, atol=1e-5)
+    back = convert(peer.state_dict())
+    expected = official_state(name)
+    found = back.clip | back.head
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_official_checkpoints(tmp_path: Path) -> None:
@@ -236,3 +247,57 @@ def test_vifi_clip_has_the_pixels_of_its_code(tmp_path: Path, monkeypatch) -> No
     assert model.config.templates == ("a photo of a {}.",)
     assert (model.pixel_mean, model.config.interpolation) == (IMAGENET_MEAN, "bilinear")
     assert model.config.sampling == "xclip"
+
+
+@pytest.mark.parametrize("kind", ["official", "folder", "old folder", "safetensors"])
+def test_the_command_gives_what_transformers_does(
+    kind: str, tmp_path: Path, h264_video: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = ["juggling balls", "archery", "ApplyEyeMakeup"]
+    if kind == "official":
+        path = write_official(tmp_path / "x.pth", "small")
+    elif kind == "safetensors":
+        path = tmp_path / "x.safetensors"
+        save_file(to_hugging_face(official_state("small")), path)
+    else:
+        path = write_folder(tmp_path / "x", "small", old=kind == "old folder")
+    options = ["--labels", *labels, "--model", str(path), "--precision", "fp32", "--format", "json"]
+    assert zeroshot.main([str(h264_video), *options]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    # 60 frames in four segments; X-CLIP takes frame floor((i + 0.5) * 60 / 4) of each.
+    frames = read_frames(h264_video, [7, 22, 37, 52])
+    resize = 64 if "folder" in kind else 73
+    pixels = views(frames, Preprocessing(64, resize, IMAGENET_MEAN, IMAGENET_STD, "bilinear"))[0]
+    with torch.inference_mode():
+        logits = hugging_face_model("small")(
+            pixel_values=normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)[None],
+            input_ids=tokenize(labels),
+        ).logits_per_video[0]
+    found = {entry["label"]: entry["score"] for entry in row["predictions"]}
+    expected = dict(zip(labels, logits.softmax(0).tolist(), strict=True))
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_labels_are_not_remembered(h264_video: Path) -> None:
+    """The original keeps the text embeddings of the first labels it meets."""
+    model = build_xclip("small")
+    first = actionclip.VideoClassifier(model, ["archery", "bowling"])
+    before = first(h264_video).scores
+    second = actionclip.VideoClassifier(model, ["juggling", "bowling", "archery"])
+    assert second(h264_video).scores.shape == (3,)
+    torch.testing.assert_close(first(h264_video).scores, before, rtol=0, atol=0)
+    assert not model.training
+    ratio = second(h264_video).scores[[2, 1]]
+    torch.testing.assert_close(ratio / ratio.sum(), before, rtol=0, atol=1e-5)
+
+
+def test_several_views_are_the_same_each_time(h264_video: Path) -> None:
+    model = build_xclip("small").train()
+    for block in model.clip.visual.transformer.resblocks:
+        block.drop_path = 0.3
+    classifier = actionclip.VideoClassifier(model, ["archery", "bowling"], num_clips=4, num_crops=3)
+    first, again = classifier(h264_video).scores, classifier(h264_video).scores
+    assert torch.equal(first, again)
+    assert not model.training
+    assert classifier.scale is None
+    assert classifier.raw_labels
