@@ -29,8 +29,8 @@ from actionclip.sampling import Sampling
 from actionclip.similarity import normalize
 from actionclip.transforms import IMAGENET_MEAN, IMAGENET_STD, Interpolation
 
-# Prompted texts, over all videos of a batch, that are in memory at a time. Enough rows for the
-# matrix products to be fast; 400 labels for 8 videos of a large model would take 120 MB at once.
+# Prompted texts, over all videos of a batch, that are in memory at a time: enough rows for the
+# matrix products to be fast.
 PROMPTED_AT_A_TIME = 2048
 
 # X-CLIP cuts these normal distributions off at 2, a hundred standard deviations away.
@@ -304,15 +304,25 @@ class XCLIP(VideoTextModel):
             (B, P) logits in fp32: cosine similarity times the scale.
         """
         videos, patches = features
-        parts = text_embeddings.split(max(1, PROMPTED_AT_A_TIME // len(videos)))
-        if len(parts) > 1 and torch.is_grad_enabled():
-            cosines = [
-                checkpoint(self._cosines, videos, patches, part, use_reentrant=False)
-                for part in parts
-            ]
-        else:
-            cosines = [self._cosines(videos, patches, part) for part in parts]
-        return (self.clip.logit_scale.exp() if scale is None else scale) * torch.cat(cosines, 1)
+        if scale is None:
+            scale = self.clip.logit_scale.exp()
+        if len(videos) * len(text_embeddings) <= PROMPTED_AT_A_TIME:
+            return scale * self._cosines(videos, patches, text_embeddings)
+        # Few videos rather than few texts: for every part of these all patches are projected.
+        videos_at_a_time = max(1, PROMPTED_AT_A_TIME // len(text_embeddings))
+        rows = []
+        for some in zip(
+            videos.split(videos_at_a_time), patches.split(videos_at_a_time), strict=True
+        ):
+            parts = [(*some, texts) for texts in text_embeddings.split(PROMPTED_AT_A_TIME)]
+            rows.append(torch.cat([self._forgetful_cosines(*part) for part in parts], dim=1))
+        return scale * torch.cat(rows)
+
+    def _forgetful_cosines(self, *part: Tensor) -> Tensor:
+        """Keep nothing for a backward pass but what goes in."""
+        if torch.is_grad_enabled():
+            return checkpoint(self._cosines, *part, use_reentrant=False)
+        return self._cosines(*part)
 
     def _cosines(self, videos: Tensor, patches: Tensor, text_embeddings: Tensor) -> Tensor:
         texts = normalize(self.prompt_text(text_embeddings, patches))
