@@ -6,6 +6,7 @@ from pathlib import Path
 
 import filled
 import pytest
+import torch
 from golden_files import clip_config
 from video_files import write_video
 
@@ -15,6 +16,7 @@ from actionclip.cli import check, synthetic, train, zeroshot
 from actionclip.cli import eval as eval_command
 from actionclip.cli.command import ExitCode
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
+from actionclip.models.xclip import XCLIP
 from actionclip.published import MODELS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -41,10 +43,25 @@ def test_python_blocks(tmp_path: Path, monkeypatch, capsys) -> None:
 def test_every_name_and_size_in_the_model_table() -> None:
     table = re.findall(r"^\| `([^`]+)` \| (\d+) px \| (\d+) \| [\d.]+ M \| (\d+) MB", README, re.M)
     expected = [
-        (name, str(m.config.image_resolution), str(m.config.embed_dim), f"{m.size / 1e6:.0f}")
+        (name, str(clip.image_resolution), str(clip.embed_dim), f"{m.size / 1e6:.0f}")
         for name, m in MODELS.items()
+        if m.size is not None and (clip := m.config.clip)
     ]
     assert table == expected
+
+
+def test_every_xclip_in_its_table() -> None:
+    rows = re.findall(r"^\| `(xclip-[^`]+)` \| (\d+) px \| (\d+) \| ([\d.]+) M", README, re.M)
+    for name, side, num_frames, millions in rows:
+        config = MODELS[name].config
+        assert (config.clip.image_resolution, config.num_frames) == (int(side), int(num_frames))
+        with torch.device("meta"):
+            numbers = sum(p.numel() for p in XCLIP(config).parameters())
+        assert f"{numbers / 1e6:.1f}" == millions
+    shots = [
+        f"xclip-base-patch16-{data}-{k}-shot" for data in ("hmdb", "ucf") for k in (2, 4, 8, 16)
+    ]
+    assert {row[0] for row in rows} | {*shots} == {n for n in MODELS if n.startswith("xclip")}
 
 
 def test_exit_codes_and_options_are_the_real_ones() -> None:
