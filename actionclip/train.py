@@ -1,14 +1,15 @@
 """The training loop: a model, a list of videos and a recipe -> trained weights, step by step.
 
-Plain PyTorch, one process or several under torchrun. All videos of a step, over all processes,
-are each other's negatives, also where a process encodes them in several parts: embeddings are
+Plain PyTorch, one process or several under torchrun. The contrastive loss compares all videos of
+a step, over all processes, also where a process encodes them in several parts: embeddings are
 computed without gradients first, and again part by part once the loss has told each embedding
-its gradient (arXiv:2101.06983).
+its gradient (arXiv:2101.06983). The loss over classes is a sum over the videos, so that parts
+simply add their gradients.
 
 Nothing in a step depends on what happened outside of it: the state is the weights, the
 optimiser's moments and a few counters. Yields records for its caller to show; prints nothing.
 
-Source: ActionCLIP (arXiv:2109.08472), sections 3 and 4.1.
+Source: ActionCLIP (arXiv:2109.08472), sections 3 and 4.1; X-CLIP (arXiv:2208.02816), section 4.1.
 """
 
 import contextlib
@@ -18,28 +19,31 @@ import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from actionclip.annotations import VideoList
 from actionclip.averaging import RunningMean
-from actionclip.classifier import VideoClassifier
+from actionclip.classifier import VideoClassifier, encode_prompts
 from actionclip.conversion import config_to_json
 from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader
+from actionclip.distillation import Teacher
 from actionclip.distributed import gather_objects, gather_rows, rank, share_buffers, world_size
 from actionclip.errors import InputError, TooManyBadError, TrainingError
 from actionclip.evaluate import StoppedError, evaluate
-from actionclip.losses import contrastive_kl
-from actionclip.models.actionclip import ActionCLIP
+from actionclip.losses import class_cross_entropy, class_targets, contrastive_kl, cosine_distance
+from actionclip.mixing import Mixture, draw_mixture, mix_frames, mix_targets
+from actionclip.models.base import VideoTextModel
 from actionclip.models.layers import Transformer
+from actionclip.models.xclip import XCLIP
 from actionclip.precision import PRECISIONS
 from actionclip.prompts import class_prompts
-from actionclip.recipe import Recipe, build_optimizer, prepare, rate_factor, set_train_mode
+from actionclip.recipe import Recipe, build_optimizer, prepare, rate_at, set_train_mode
 from actionclip.runs import RunFolder
 from actionclip.tokenizer import words
 from actionclip.transforms import normalize
@@ -52,6 +56,8 @@ SCORE = {False: "top1", True: "mean_average_precision"}
 
 # Views that an evaluation encodes at a time.
 EVALUATION_BATCH = 32
+
+_MIXTURE, _TEMPLATE = 2, 3  # keep these random numbers apart from those of `dataset`
 
 
 @dataclass(frozen=True)
@@ -104,9 +110,9 @@ class Progress:
 
 
 class Towers(nn.Module):
-    """What is trained, as the one module that processes synchronise."""
+    """What the contrastive loss trains, as the one module that processes synchronise."""
 
-    def __init__(self, model: ActionCLIP) -> None:
+    def __init__(self, model: VideoTextModel) -> None:
         super().__init__()
         self.model = model
 
@@ -119,15 +125,41 @@ class Towers(nn.Module):
             sentence: (B,) which sentence belongs to which video.
 
         Returns:
-            Embeddings (B, D) of videos and of their sentences in fp32, and exp(logit_scale);
-            of a linear classifier its logits (B, K) alone.
+            Embeddings (B, D) of videos and of their sentences in fp32, and exp(logit_scale).
         """
         model = self.model
         video = model.encode_video(normalize(frames, model.pixel_mean, model.pixel_std))
-        if model.linear is not None:
-            return (model.linear(video.float()),)
         text = model.encode_text(tokens)[sentence]
         return video.float(), text.float(), model.clip.logit_scale.exp()
+
+
+class ClassTowers(nn.Module):
+    """What the loss over classes trains, as the one module that processes synchronise."""
+
+    def __init__(self, model: VideoTextModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, frames: Tensor, tokens: Tensor, text: Tensor | None) -> tuple[Tensor, ...]:
+        """Compare frames (B, T, 3, R, R) with the sentences of K classes.
+
+        Args:
+            frames: RGB, uint8 or float in [0, 255].
+            tokens: (K, L), the sentences.
+            text: (K, D), their embeddings if these are known, as those of a locked encoder.
+
+        Returns:
+            Logits (B, K), embeddings (B, D) of the videos and, but for a linear classifier,
+            (K, D) of the sentences, all in fp32.
+        """
+        model = self.model
+        features = model.video_features(normalize(frames, model.pixel_mean, model.pixel_std))
+        video = features[0].float()
+        if model.linear is not None:
+            return model.linear(video), video
+        if text is None:
+            text = model.encode_text(tokens).float()
+        return model.compare(features, text), video, text
 
 
 class Trainer:
@@ -136,7 +168,8 @@ class Trainer:
     In several processes, each has one with the same arguments; the first writes the files.
 
     Args:
-        model: on its device; its weights change, its config gets the recipe's templates.
+        model: on its device; its weights change, its config gets the recipe's templates and
+            whether labels are raw.
         train: videos to learn from.
         recipe: what decides the result.
         folder: files of the run.
@@ -152,7 +185,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: ActionCLIP,
+        model: VideoTextModel,
         train: VideoList,
         recipe: Recipe,
         folder: RunFolder,
@@ -176,6 +209,11 @@ class Trainer:
                     f"the linear classifier of the model is for other classes than those of "
                     f"{train.source}; start another one (new_head, --new-head)"
                 )
+        if isinstance(model, XCLIP) and recipe.loss == "contrastive":
+            raise InputError(
+                "loss is 'contrastive', and X-CLIP changes every sentence for every video, which "
+                "that loss does not compare; use 'classes' (--recipe xclip)"
+            )
         if any(p.dtype != torch.float32 for p in model.parameters()):
             raise InputError(f"weights are {model.dtype}; load the model in float32 to train it")
         self.model = model
@@ -184,6 +222,9 @@ class Trainer:
         self.folder = folder
         self.should_stop = should_stop
         self.on_video = on_video
+        model.eval()
+        # Before the weights change, and before those of a resumed run are read.
+        self.teacher = Teacher(model) if recipe.distillation else None
         self.groups = prepare(model, recipe)
         locked = {name for name, p in model.named_parameters() if not p.requires_grad}
         self._note_words()
@@ -206,7 +247,14 @@ class Trainer:
         self.steps_per_epoch = self._sampler().steps_per_epoch
         self.num_steps = recipe.epochs * self.steps_per_epoch
 
-        self.towers: nn.Module = Towers(model)
+        self.is_contrastive = recipe.loss == "contrastive" and model.linear is None
+        text_group = next(group for group in self.groups if group.name == "text")
+        self.learns_text = any(p is not model.clip.logit_scale for p in text_group.trained)
+        # What the sentences were to the text encoder before it learned, (P * K, D).
+        self.taught_text: Tensor | None = None
+        if self.teacher is not None and self.learns_text:
+            self.taught_text = self._encode_all_prompts()
+        self.towers: nn.Module = Towers(model) if self.is_contrastive else ClassTowers(model)
         if self.running.compile:
             self.towers.compile()
         self.replica: nn.Module = self.towers
@@ -300,9 +348,9 @@ class Trainer:
 
     def _step(self, batch: Batch) -> bool:
         """Do one optimiser step; returns whether any process was asked to stop."""
-        factor = rate_factor(self.recipe, self.progress.step, self.steps_per_epoch)
+        step = self.progress.step
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            group["lr"] = rate_at(self.recipe, group["peak_lr"], step, self.steps_per_epoch)
         loss = self._backward(batch)
         self.scaler.unscale_(self.optimizer)
         trained = [p for group in self.groups for p in group.trained]
@@ -331,12 +379,20 @@ class Trainer:
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of this process's share of the loss, and return the share."""
+        if self.is_contrastive:
+            return self._backward_contrastive(batch)
+        return self._backward_over_classes(batch)
+
+    def _backward_contrastive(self, batch: Batch) -> Tensor:
         parts = batch.split(self.recipe.micro_batch)
+        taught = None
+        if self.teacher is not None:
+            taught = torch.cat([self._teach(part.frames.to(self.model.device)) for part in parts])
         # All processes go the same way, or their exchanges would not meet: the first has most.
         largest = -(-self.recipe.batch_size // world_size())
         if largest <= (self.recipe.micro_batch or largest):
             outputs = self._encode(self.replica, 0, batch)
-            loss = self._loss(outputs, batch.labels)
+            loss = self._loss(outputs, batch, taught)
             self.scaler.scale(loss * world_size()).backward()
             return loss.detach()
 
@@ -353,7 +409,7 @@ class Trainer:
             torch.cat(column) if column[0].ndim else column[-1]
             for column in zip(*cached, strict=True)
         ]
-        loss = self._loss(whole, batch.labels)
+        loss = self._loss(whole, batch, taught)
         self.scaler.scale(loss * world_size()).backward()
         for i, (part, embeddings) in enumerate(zip(parts, cached, strict=True)):
             with self._without_sync(part is not parts[-1]):
@@ -366,27 +422,126 @@ class Trainer:
                 torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
         return loss.detach()
 
+    def _backward_over_classes(self, batch: Batch) -> Tensor:
+        share, done = torch.zeros((), device=self.model.device), 0
+        for i, (frames, targets) in enumerate(self._parts(batch, self._mixture(batch))):
+            done += len(frames)
+            with self._without_sync(done < len(batch)):
+                logits, video, *text = self._compare(self.replica, i, frames)
+                loss = class_cross_entropy(logits, targets) / self.recipe.batch_size
+                if self.teacher is not None:
+                    loss = loss + self._distance(self._teach(frames), video, *text)
+                self.scaler.scale(loss * world_size()).backward()
+            share += loss.detach()
+        return share
+
+    def _mixture(self, batch: Batch) -> Mixture | None:
+        """Draw how this process mixes the videos of the step."""
+        if self.recipe.mixing is None:
+            return None
+        seeds = [_MIXTURE, self.recipe.seed, self.progress.step, rank()]
+        generator = np.random.Generator(np.random.PCG64(seeds))
+        return draw_mixture(len(batch), batch.frames.shape[-1], self.recipe.mixing, generator)
+
+    def _parts(self, batch: Batch, mixture: Mixture | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the frames and targets (B, K) of as many videos as are encoded at a time."""
+        device, size = self.model.device, self.recipe.micro_batch or len(batch)
+        num_classes = len(self.train.class_names)
+        targets = class_targets(batch.labels, num_classes, self.recipe.label_smoothing)
+        if mixture is None:
+            for frames, part in zip(batch.frames.split(size), targets.split(size), strict=True):
+                yield frames.to(device), part.to(device)
+            return
+        targets = mix_targets(targets, targets[mixture.partner], mixture)
+        parts = (batch.frames.split(size), targets.split(size), mixture.split(size))
+        for frames, target, mixed in zip(*parts, strict=True):
+            partners = batch.frames[mixed.partner].to(device)
+            yield mix_frames(frames.to(device), partners, mixed), target.to(device)
+
     def _encode(self, towers: nn.Module, part: int, batch: Batch) -> tuple[Tensor, ...]:
-        """Encode a part of a batch; what is random in it depends on the step and the part."""
-        seeds = [self.recipe.seed, self.progress.step, rank(), part]
-        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
+        """Encode a part of a batch and its sentences, see `Towers`."""
+        self._seed(part)
         tokens, sentence = batch.tokens.unique(dim=0, return_inverse=True)
         device = self.model.device
         inputs = (batch.frames.to(device), tokens.to(device), sentence.to(device))
         with self._autocast():
             return towers(*inputs)
 
-    def _loss(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def _compare(self, towers: nn.Module, part: int, frames: Tensor) -> tuple[Tensor, ...]:
+        """Compare a part of a batch with the classes, see `ClassTowers`."""
+        self._seed(part)
+        prompts = self._class_prompts()
+        tokens = self.clips.tokens[prompts].to(self.model.device)
+        is_known = not self.learns_text and self.model.linear is None
+        text = self._known_text[prompts] if is_known else None
+        with self._autocast():
+            return towers(frames, tokens, text)
+
+    def _seed(self, part: int) -> None:
+        """Let what is random in encoding a part depend on nothing but the step and the part."""
+        seeds = [self.recipe.seed, self.progress.step, rank(), part]
+        torch.manual_seed(int(np.random.SeedSequence(seeds).generate_state(1, np.uint64)[0]))
+
+    def _class_prompts(self) -> slice:
+        """Return which of all prompts stand for the classes in this step: those of a template."""
+        seeds = [_TEMPLATE, self.recipe.seed, self.progress.step]
+        generator = np.random.Generator(np.random.PCG64(seeds))
+        template = int(generator.integers(len(self.recipe.templates)))
+        num_classes = len(self.train.class_names)
+        return slice(template * num_classes, (template + 1) * num_classes)
+
+    @cached_property
+    def _known_text(self) -> Tensor:
+        """Embeddings (P * K, D) of all prompts by a text encoder that does not learn."""
+        return self._encode_all_prompts()
+
+    def _encode_all_prompts(self) -> Tensor:
+        prompts = class_prompts(
+            self.recipe.templates, self.train.class_names, raw_labels=self.recipe.raw_labels
+        )
+        with self._autocast():
+            embeddings = encode_prompts(self.model, prompts)
+        return embeddings.float().clone()  # the copy may take part in a gradient
+
+    def _teach(self, frames: Tensor) -> Tensor:
+        """Return the teacher's embeddings (B, D) of the videos that the model also sees."""
+        assert self.teacher is not None
+        model = self.model
+        with self._autocast():
+            return self.teacher(normalize(frames, model.pixel_mean, model.pixel_std)).float()
+
+    def _distance(
+        self,
+        taught: Tensor,
+        video: Tensor,
+        text: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Return the share that some videos have in the distance to the teacher.
+
+        Args:
+            taught: (B, D), the teacher's embeddings of the videos.
+            video: (B, D), those of the model.
+            text: (S, D), those of sentences; None if there are none.
+            tokens: (S, L), the sentences; None for those of all classes.
+        """
+        distance = cosine_distance(video, taught).mean()
+        if text is not None and self.taught_text is not None:
+            prompts = self._class_prompts() if tokens is None else self._find_prompts(tokens)
+            distance = distance + cosine_distance(text, self.taught_text[prompts]).mean()
+        return self.recipe.distillation * len(video) / self.recipe.batch_size * distance
+
+    def _find_prompts(self, tokens: Tensor) -> list[int]:
+        """Return which of all prompts the rows of tokens (S, L) are."""
+        return [int((self.clips.tokens == row).all(1).int().argmax()) for row in tokens]
+
+    def _loss(self, outputs: Sequence[Tensor], batch: Batch, taught: Tensor | None) -> Tensor:
         """Return this process's share of the loss over the videos of all processes."""
-        if self.model.linear is not None:
-            (logits,) = outputs
-            summed = F.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            return summed / self.recipe.batch_size
         video, text, scale = outputs
         both, rows = gather_rows(torch.stack([video, text], 1))
-        all_labels, _ = gather_rows(labels.to(video.device))
+        all_labels, _ = gather_rows(batch.labels.to(video.device))
         all_video, all_text = both.unbind(1)
-        return contrastive_kl(
+        loss = contrastive_kl(
             all_video,
             all_text,
             all_labels,
@@ -394,6 +549,7 @@ class Trainer:
             target=self.recipe.target,
             rows=rows if world_size() > 1 else None,
         )
+        return loss if taught is None else loss + self._distance(taught, video, text, batch.tokens)
 
     def _autocast(self) -> torch.autocast:
         dtype = PRECISIONS[self.recipe.precision]
@@ -425,13 +581,15 @@ class Trainer:
 
     def _not_finite(self, batch: Batch, losses: Sequence[float]) -> TrainingError:
         """Find out which videos made the loss or its gradient no number, on which process."""
-        finite: list[bool] = []
+        paths, mixture = batch.paths, self._mixture(batch)
         with torch.no_grad():
-            for i, part in enumerate(batch.split(self.recipe.micro_batch)):
-                rows = [x for x in self._encode(self.towers, i, part) if x.ndim]
-                finite += torch.cat(rows, 1).isfinite().all(1).tolist()
-        culprits = [path for path, good in zip(batch.paths, finite, strict=True) if not good]
-        mine = (not all(finite) or not math.isfinite(losses[rank()]), culprits or batch.paths)
+            outputs = torch.cat([torch.cat(rows, 1) for rows in self._rows(batch, mixture)])
+        bad = (~outputs.isfinite().all(1)).nonzero()[:, 0].tolist()
+        culprits = [paths[i] for i in bad]
+        if mixture is not None:
+            culprits += [paths[i] for i in mixture.partner[bad].tolist()]
+        culprits = list(dict.fromkeys(culprits))
+        mine = (bool(bad) or not math.isfinite(losses[rank()]), culprits or paths)
         guilty = [(i, paths) for i, (bad, paths) in enumerate(gather_objects(mine)) if bad]
         what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
         where = "; ".join(f"rank {i}: {_some(paths)}" for i, paths in guilty) or "all ranks"
@@ -440,6 +598,15 @@ class Trainer:
             "changed no weight. Start another run with a lower --lr, --clip-gradient 1 or "
             "--precision bf16"
         )
+
+    def _rows(self, batch: Batch, mixture: Mixture | None) -> Iterator[list[Tensor]]:
+        """Yield what the model makes of each part of a batch, a row for every video."""
+        if self.is_contrastive:
+            for i, part in enumerate(batch.split(self.recipe.micro_batch)):
+                yield [x for x in self._encode(self.towers, i, part) if x.ndim]
+        else:
+            for i, (frames, _) in enumerate(self._parts(batch, mixture)):
+                yield list(self._compare(self.towers, i, frames)[:2])
 
     def _end_epoch(self, stop_asked: bool = False) -> Generator[Record, None, bool]:
         """Save and evaluate, if an epoch has just ended; returns whether asked to stop."""
@@ -497,12 +664,11 @@ class Trainer:
         if record is not None:
             yield record
 
-    def _evaluate(self, model: ActionCLIP, val: VideoList) -> Record:
+    def _evaluate(self, model: VideoTextModel, val: VideoList) -> Record:
         with self._autocast():
             classifier = VideoClassifier(
                 model,
                 val.class_names,
-                raw_labels=self.recipe.raw_labels,
                 batch_size=EVALUATION_BATCH,
                 workers=self.running.workers,
             )
@@ -569,8 +735,12 @@ class Trainer:
         return RunSampler(len(self.clips), self.recipe, self.progress.step, rank(), world_size())
 
     def _note_words(self) -> None:
-        """Write the recipe's templates and, if the model knows few words, those of the labels."""
-        config = replace(self.model.config, templates=self.recipe.templates)
+        """Write how labels became sentences and, if the model knows few words, those of them."""
+        config = replace(
+            self.model.config,
+            templates=self.recipe.templates,
+            raw_labels=self.recipe.raw_labels,
+        )
         learns_words = self.model.clip.token_embedding.weight.requires_grad
         knows_few = config.vocabulary is not None
         if learns_words and (knows_few or "clip.token_embedding.weight" in self.model.untrained):

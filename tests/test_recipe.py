@@ -1,22 +1,27 @@
 """The recipe: rates of every step, groups of parameters, what is locked."""
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 
 import filled
 import pytest
 import torch
-from golden_files import clip_config, load_golden
+from golden_files import clip_config, load_golden, xclip_config
 from torch import nn
 
+from actionclip.augment import Augmentation
 from actionclip.errors import InputError
+from actionclip.mixing import Mixing
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig
+from actionclip.models.xclip import XCLIP
 from actionclip.recipe import (
+    RECIPES,
     ParameterGroup,
     Recipe,
     build_optimizer,
     prepare,
-    rate_factor,
+    rate_at,
     set_train_mode,
 )
 
@@ -29,7 +34,7 @@ def build(temporal: str = "transf", name: str = "tiny", layers: int = 2) -> Acti
     config = clip_config(name)
     if name == "tiny":
         config = replace(config, vision_layers=layers, text_layers=layers)
-    return ActionCLIP(ActionCLIPConfig(config, temporal, num_frames=4))
+    return ActionCLIP(ActionCLIPConfig(config, temporal=temporal, num_frames=4))
 
 
 def by_name(groups: list[ParameterGroup]) -> dict[str, ParameterGroup]:
@@ -62,20 +67,21 @@ def test_rates_of_the_official_schedule(number: int) -> None:
     assert len(reachable) == ROWS[number]
     for row in reachable:
         step = row["epoch"] * steps_per_epoch + row["iter"]
-        factor = rate_factor(recipe, step, steps_per_epoch)
         for name, peak in peaks.items():
             expected = row[f"lr_{name}"]
-            assert peak * factor == pytest.approx(expected, rel=1e-9, abs=1e-18), row
+            assert rate_at(recipe, peak, step, steps_per_epoch) == pytest.approx(
+                expected, rel=1e-9, abs=1e-18
+            ), row
 
 
 def test_the_rate_of_every_step_by_default() -> None:
     recipe = Recipe(epochs=6, warmup_epochs=2)
-    rates = [rate_factor(recipe, step, 10) for step in range(60)]
+    rates = [rate_at(recipe, 1.0, step, 10) for step in range(60)]
     assert rates[:21] == pytest.approx([step / 20 for step in range(21)])
     assert rates[40] == pytest.approx(0.5)  # halfway between the warm-up and the end
     assert all(before > after for before, after in pairwise(rates[20:]))
     assert 0 < rates[-1] < 0.002
-    assert rate_factor(recipe, 60, 10) == pytest.approx(0)
+    assert rate_at(recipe, 1.0, 60, 10) == pytest.approx(0)
 
 
 def test_rates_that_change_every_few_steps() -> None:
@@ -85,20 +91,168 @@ def test_rates_that_change_every_few_steps() -> None:
     changes = [0, 0, 0, 3, 3, 3, 3, 7, 7, 7]
     for step in range(30):
         last_change = step // 10 * 10 + changes[step % 10]
-        assert rate_factor(rarely, step, 10) == rate_factor(every, last_change, 10)
+        assert rate_at(rarely, 1.0, step, 10) == rate_at(every, 1.0, last_change, 10)
 
 
 def test_constant_rates_and_warm_ups_of_any_length() -> None:
     constant = Recipe(epochs=4, warmup_epochs=1.5, schedule="constant")
-    rates = [rate_factor(constant, step, 4) for step in range(16)]
+    rates = [rate_at(constant, 1.0, step, 4) for step in range(16)]
     assert rates == pytest.approx([step / 6 for step in range(6)] + [1] * 10)
     without = Recipe(epochs=4, warmup_epochs=0)
-    assert rate_factor(without, 0, 4) == 1
-    assert rate_factor(without, 8, 4) == pytest.approx(0.5)
-    assert {rate_factor(replace(without, schedule="constant"), s, 4) for s in range(16)} == {1}
+    assert rate_at(without, 1.0, 0, 4) == 1
+    assert rate_at(without, 1.0, 8, 4) == pytest.approx(0.5)
+    assert {rate_at(replace(without, schedule="constant"), 1.0, s, 4) for s in range(16)} == {1}
     fraction = Recipe(epochs=4, warmup_epochs=0.5)
-    assert [rate_factor(fraction, step, 4) for step in range(3)] == [0, 0.5, 1]
-    assert [rate_factor(Recipe(epochs=5), step, 4) for step in range(3)] == [0, 0.5, 1]  # a tenth
+    assert [rate_at(fraction, 1.0, step, 4) for step in range(3)] == [0, 0.5, 1]
+    assert [rate_at(Recipe(epochs=5), 1.0, step, 4) for step in range(3)] == [0, 0.5, 1]  # a tenth
+
+
+# From the official scheduler, for 30 epochs of 100 iterations: steps and rates at 8e-6 and 8e-5.
+XCLIP_RATES = {
+    1: (1.6e-8, 1.6e-7),
+    250: (4e-6, 4e-5),
+    499: (7.984e-6, 7.984e-5),
+    500: (7.469461e-6, 7.464638e-5),
+    1500: (4.04e-6, 4.004e-5),
+    3000: (8e-8, 8e-8),
+}
+
+
+def test_rates_of_x_clip() -> None:
+    recipe = RECIPES["xclip"]
+    optimizer = build_optimizer(recipe, prepare(XCLIP(xclip_config("small")), recipe))
+    peaks = {group["name"]: group["peak_lr"] for group in optimizer.param_groups}
+    assert peaks == pytest.approx({"visual": 8e-6, "head": 8e-5}, rel=1e-12)
+    for step, rates in XCLIP_RATES.items():
+        actual = [rate_at(recipe, peaks[name], step, 100) for name in ("visual", "head")]
+        assert actual == pytest.approx(rates, rel=1e-6), step
+    assert rate_at(recipe, 8e-6, 0, 100) == 0
+    # A part of the model that learns more slowly than that does not end faster than it began.
+    assert rate_at(recipe, 1e-9, 3000, 100) == 1e-9
+
+
+def test_a_cosine_ends_at_the_lowest_rate() -> None:
+    recipe = Recipe(epochs=4, warmup_epochs=1, learning_rate=1e-3, lowest_ratio=0.1)
+    for peak in (1e-3, 5e-3):
+        rates = [rate_at(recipe, peak, step, 10) for step in range(41)]
+        assert rates[10] == peak
+        assert rates[25] == pytest.approx((peak + 1e-4) / 2)
+        assert rates[40] == pytest.approx(1e-4)
+
+
+XCLIP_TENSORS = {  # decayed and not, of B/32 with a locked text encoder
+    "CLIP vision": (50, 102),
+    "mit": (4, 9),
+    "prompts": (13, 19),
+    "message": (36, 60),
+}
+
+
+def test_groups_of_x_clip() -> None:
+    with torch.device("meta"):
+        model = XCLIP(xclip_config("b32_t8"))
+    groups = by_name(prepare(model, RECIPES["xclip"]))
+    rates = {name: group.learning_rate for name, group in groups.items()}
+    assert rates == pytest.approx({"text": 8e-6, "visual": 8e-6, "head": 8e-5}, rel=1e-12)
+    assert groups["text"].trained == ()
+    assert sum(group.num_trained for group in groups.values()) == 133_157_632
+    assert sum(group.num_locked for group in groups.values()) == 196_585_729 - 133_157_632
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    counts = dict.fromkeys(XCLIP_TENSORS, (0, 0))
+    for group in (groups["visual"], groups["head"]):
+        for parameters, more in ((group.decayed, (1, 0)), (group.undecayed, (0, 1))):
+            for parameter in parameters:
+                name = names[id(parameter)]
+                (part,) = [p for p in ("mit", "prompts", "message") if p in name] or ["CLIP vision"]
+                assert group.name == ("visual" if part == "CLIP vision" else "head")
+                counts[part] = (counts[part][0] + more[0], counts[part][1] + more[1])
+    assert counts == XCLIP_TENSORS
+    optimizer = build_optimizer(RECIPES["xclip"], groups.values())
+    assert [(g["name"], g["weight_decay"], len(g["params"])) for g in optimizer.param_groups] == [
+        ("visual", 0.001, 50),
+        ("visual", 0, 102),
+        ("head", 0.001, 53),
+        ("head", 0, 88),
+    ]
+
+
+def test_locked_encoders_of_x_clip() -> None:
+    model = XCLIP(xclip_config("small"))
+    new = {name for name in below(model, "") if re.search("message_|mit|prompts", name)}
+    prepare(model, Recipe(lock_image=0, lock_text=0))
+    assert trained(model) == new | {"clip.logit_scale"}
+    prepare(model, Recipe(lock_image=0, lock_text=0, lock_scale=True))
+    assert trained(model) == new
+    prepare(model, Recipe(lock_image=1))
+    last = len(model.clip.visual.transformer.resblocks) - 1
+    assert trained(model) & below(model, "clip.visual.") - new == (
+        below(
+            model,
+            f"clip.visual.transformer.resblocks.{last}.",
+            "clip.visual.ln_post.",
+            "clip.visual.proj",
+        )
+        - new
+    )
+    prepare(model, Recipe(drop_path=0.3))
+    blocks = model.clip.visual.transformer.resblocks
+    assert [block.drop_path for block in blocks] == pytest.approx(
+        torch.linspace(0, 0.3, len(blocks)).tolist()
+    )
+
+
+def test_what_decays() -> None:
+    model = build("transf")
+    groups = prepare(model, Recipe())
+    assert all(group.undecayed == () for group in groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = prepare(model, Recipe(decay_biases=False))
+    decayed = {names[id(p)] for group in groups for p in group.decayed}
+    undecayed = {names[id(p)] for group in groups for p in group.undecayed}
+    assert decayed | undecayed == below(model, "")
+    assert not decayed & undecayed
+    assert "clip.text_projection" in decayed
+    assert {"clip.logit_scale", "clip.positional_embedding", "clip.ln_final.weight"} <= undecayed
+    assert "clip.visual.transformer.resblocks.0.attn.in_proj_bias" in undecayed
+
+
+def test_values_of_the_published_recipes() -> None:
+    default = vars(Recipe())
+
+    def values(name: str) -> dict:
+        return {key: value for key, value in vars(RECIPES[name]).items() if value != default[key]}
+
+    assert values("actionclip") == {"augmentation": Augmentation(resolution=1)}
+    augmentation = Augmentation(resolution=1, randaugment_ops=0, crop_positions=5)
+    common = {
+        "loss": "classes",
+        "label_smoothing": 0.1,
+        "mixing": Mixing(mixup_alpha=0.8, cutmix_alpha=1, cutmix_share=0.5),
+        "batch_size": 256,
+        "learning_rate": 8e-6,
+        "weight_decay": 0.001,
+        "decay_biases": False,
+        "warmup_epochs": 5,
+        "schedule": "whole-cosine",
+        "lowest_ratio": 0.01,
+        "augmentation": augmentation,
+    }
+    assert values("xclip") == common | {
+        "temporal": "xclip",
+        "num_frames": 8,
+        "epochs": 30,
+        "lock_text": 0,
+        "lock_scale": True,
+        "templates": ("{}",),
+        "raw_labels": True,
+    }
+    assert values("vifi") == common | {
+        "temporal": "meanp",
+        "num_frames": 32,
+        "epochs": 10,
+        "head_ratio": 1,
+        "templates": ("a photo of a {}.",),
+    }
 
 
 @pytest.mark.parametrize("temporal", TEMPORAL)
@@ -292,7 +446,13 @@ def test_the_optimizer_has_the_groups_that_learn() -> None:
         ({"clip_gradient": 0}, "clip_gradient is 0; use a positive number"),
         ({"frame_position_std": -1}, "frame_position_std is -1; use a positive number"),
         ({"drop_path": 1.0}, r"drop_path is 1\.0; use a probability below 1"),
-        ({"schedule": "linear"}, "schedule is 'linear'; choose from cosine, constant"),
+        ({"schedule": "linear"}, "schedule is 'linear'; choose from cosine, whole-cosine, const"),
+        ({"loss": "kl"}, "loss is 'kl'; choose from contrastive, classes"),
+        ({"label_smoothing": 1.0}, r"label_smoothing is 1\.0; use a share below 1"),
+        ({"label_smoothing": 0.1}, "label_smoothing is for the loss 'classes'; use that, or do"),
+        ({"mixing": Mixing()}, "mixing is for the loss 'classes'; use that, or do without"),
+        ({"lowest_ratio": 1.5}, r"lowest_ratio is 1\.5; use a share, 0 to 1"),
+        ({"distillation": -1}, "distillation is -1; use 0 or more"),
         ({"target": "paper"}, "target is 'paper'; choose from uniform, official"),
         ({"epochs": 3, "warmup_epochs": 3}, "warmup_epochs is 3 of 3 epochs; use fewer"),
         ({"precision": "int8"}, "precision is 'int8'; choose from fp32, bf16, fp16"),

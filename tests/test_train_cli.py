@@ -1,5 +1,6 @@
 """The command as its user meets it: what it prints, its files, exit codes, signals and kills."""
 
+import argparse
 import errno
 import json
 import os
@@ -12,19 +13,24 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_files import BROKEN, CLASSES, write_all
+from training_files import BROKEN, CLASSES, CLIP, write_all
 
 import actionclip
 from actionclip import train as loop
 from actionclip.annotations import read_video_list
 from actionclip.cli import plots
 from actionclip.cli import train as command
+from actionclip.errors import InputError
 from actionclip.labels import read_labels
+from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
+from actionclip.models.base import VideoTextModel
+from actionclip.recipe import RECIPES, Recipe
 from actionclip.weights import digest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,6 +207,141 @@ def test_from_scratch_with_few_videos(run: Run, tmp_path: Path) -> None:
     assert {"red", "circle", "moving", "right"} <= set(model.config.vocabulary)
 
 
+# Recipes.
+
+XCLIP = ("--recipe", "xclip", "--model", "tiny", "--new-head", "--frames", "3")
+
+
+def test_a_tiny_x_clip_learns(run: Run, tmp_path: Path) -> None:
+    code, lines = run(*XCLIP, "--val", "val", "--epochs", "5", "--distill", "0.1")
+    assert code == 0
+    losses = [record["loss"] for record in metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+    rows = {line.split()[0]: line.split()[1:] for line in lines if "," in line and "  " in line}
+    assert rows["text"][::2] == ["0", "-"]
+    assert [rows[part][2] for part in ("visual", "head")] == ["0.001", "0.01"]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    given = {"epochs": 5, "batch_size": 5, "learning_rate": 1e-3, "warmup_epochs": 0.5}
+    augmentation = {**asdict(RECIPES["xclip"].augmentation), "resolution": 48, "flip": 0}
+    expected = asdict(RECIPES["xclip"]) | given | {"distillation": 0.1}
+    expected["augmentation"] = augmentation
+    assert config["recipe"] == json.loads(json.dumps(expected))
+    assert config["model"]["temporal"] == "xclip"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained = actionclip.load(tmp_path / "run" / "best.safetensors", device="cpu")
+        actionclip.VideoClassifier(trained, CLASSES)
+    assert trained.config.raw_labels is True
+    assert trained.config.templates == ("{}",)
+    assert trained.num_frames == 3
+
+
+def test_given_options_come_before_the_recipes(run: Run, folder: Path, tmp_path: Path) -> None:
+    (folder / "templates.txt").write_text("see {}\n")
+    code, lines = run(
+        *("--recipe", "vifi", "--model", "plain.safetensors", "--epochs", "1", "--frames", "2"),
+        *("--label-smoothing", "0", "--no-mixing", "--lock-text", "--lock-scale"),
+        *("--schedule", "constant", "--lowest-lr-ratio", "0.5", "--decay-biases"),
+        *("--templates", "templates.txt", "--raw-labels", "--crop-positions", "13"),
+        *("--randaugment", "1", "2", "--weight-decay", "0.3", "--head-lr-ratio", "2"),
+    )
+    assert code == 0, lines
+    recipe = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    assert recipe.pop("augmentation")["crop_positions"] == 13
+    expected = {
+        "loss": "classes",
+        "label_smoothing": 0,
+        "mixing": None,
+        "lock_text": 0,
+        "lock_scale": True,
+        "schedule": "constant",
+        "lowest_ratio": 0.5,
+        "decay_biases": True,
+        "templates": ["see {}"],
+        "raw_labels": True,
+        "weight_decay": 0.3,
+        "head_ratio": 2,
+    }
+    assert {key: recipe[key] for key in expected} == expected
+    model = actionclip.load(tmp_path / "run" / "best.safetensors", device="cpu")
+    assert (model.num_frames, model.config.raw_labels) == (2, True)
+
+
+def parsed(*arguments: str) -> tuple[argparse.Namespace, Recipe]:
+    options = ["--train", "x", "--output", "y", *arguments]
+    args = command.build_parser(command.chosen_recipe(options)).parse_args(options)
+    return args, command.build_recipe(args, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_by_name_is_that_recipe(name: str, folder: Path) -> None:
+    args, recipe = parsed("--recipe", name, "--precision", "fp32")
+    assert recipe == RECIPES[name]
+    videos = read_video_list(folder / "train")
+    config = ActionCLIPConfig(CLIP, templates=("my own {}",), raw_labels=True)
+    fitted = command.fit_recipe(recipe, args, ActionCLIP(config), videos)
+    own = config if name == "actionclip" else recipe
+    assert (fitted.templates, fitted.raw_labels) == (own.templates, own.raw_labels)
+    assert fitted.augmentation.resolution == 32
+    args, _ = parsed("--recipe", name, "--no-raw-labels", "--templates", "none")
+    fitted = command.fit_recipe(recipe, args, ActionCLIP(config), videos)
+    assert (fitted.templates, fitted.raw_labels) == (("{}",), False)
+
+
+def test_an_encoder_can_be_unlocked() -> None:
+    assert parsed("--recipe", "xclip")[1].lock_text == 0
+    assert parsed("--recipe", "xclip", "--lock-text", "none")[1].lock_text is None
+    assert parsed("--recipe", "xclip", "--lock-text", "2")[1].lock_text == 2
+    assert parsed("--lock-text")[1].lock_text == 0
+    assert parsed("--recipe", "xclip", "--no-lock-scale")[1].lock_scale is False
+    # The baseline has classes in any case.
+    unimodal = parsed("--unimodal", "--label-smoothing", "0.1")[1]
+    assert (unimodal.loss, unimodal.label_smoothing) == ("classes", 0.1)
+
+
+def test_help_shows_the_values_of_the_recipe(capsys) -> None:
+    shown = {}
+    for name in RECIPES:
+        assert command.main([f"--recipe={name}", "-h"]) == 0
+        shown[name] = " ".join(capsys.readouterr().out.split())
+    for text, names in {
+        "learning rate of the text encoder (5e-06)": {"actionclip"},
+        "learning rate of the text encoder (8e-06)": {"xclip", "vifi"},
+        "(default: 'a photo of a {}.')": {"vifi"},
+        "(default: the model's own, 16 sentences for CLIP)": {"actionclip"},
+        "(those of the weights, else 32)": {"vifi"},
+        "(default: a tenth of --epochs)": {"actionclip"},
+        "lock the temperature (yes)": {"xclip"},
+        "Mixup and CutMix of whole videos (yes)": {"xclip", "vifi"},
+        "corners and centre, or more between them (5)": {"xclip", "vifi"},
+    }.items():
+        assert {name for name in RECIPES if text in shown[name]} == names, text
+
+
+def test_the_weights_say_more_than_the_recipe(folder: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+
+    def start(*arguments: str) -> VideoTextModel:
+        args, recipe = parsed(*arguments, "--precision", "fp32")
+        return command.load_start(args, recipe, torch.device("cpu"))
+
+    model = start("--recipe", "xclip", "--model", "model.safetensors")
+    assert (model.config.temporal, model.num_frames) == ("transf_cls", 3)
+    said = "the weights have the visual prompt transf_cls, which stays"
+    assert said in capsys.readouterr().err
+    # Of a mean, no weight tells the number of frames.
+    assert start("--recipe", "vifi", "--model", "plain.safetensors").num_frames == 32
+    few = start("--recipe", "vifi", "--model", "plain.safetensors", "--frames", "4")
+    assert few.num_frames == 4
+    anew = start("--recipe", "xclip", "--model", "model.safetensors", "--new-head")
+    assert anew.config.temporal == "xclip"
+    given = start(*XCLIP, "--temporal", "lstm")
+    assert (given.config.temporal, given.num_frames) == ("lstm", 3)
+    assert start("--model", "plain.safetensors").num_frames == 3
+    with pytest.raises(InputError, match="contradicts"):
+        start("--recipe", "xclip", "--model", "model.safetensors", "--temporal", "xclip")
+
+
 BASE = (CLASSES[1], CLASSES[3])
 
 
@@ -291,6 +432,23 @@ WRONG = {
         *("--classes", "other.txt"),
     ): "./train: has no class 'a dog'; its 4 classes are 'a blue star growing', ...",
     ("--randaugment", "2", "31"): "31",
+    ("--recipe", "clip"): "argument --recipe: invalid choice: 'clip'",
+    ("--recipe",): "argument --recipe: expected one argument",
+    ("--lock-text", "all"): "argument --lock-text: 'all' is neither a number nor none",
+    ("--mixing",): "--mixing is for the loss 'classes'; use that, or do without",
+    ("--label-smoothing", "1", "--loss", "classes"): "--label-smoothing is 1.0; use a share below",
+    ("--lowest-lr-ratio", "2"): "--lowest-lr-ratio is 2.0; use a share, 0 to 1",
+    ("--distill", "-1"): "--distill is -1.0; use 0 or more",
+    (
+        *("--distill", "1"),
+        *("--from-scratch", "image", "--model", "tiny"),
+    ): "--distill needs a model that knows something, and clip.visual.class_embedding is untrained",
+    (
+        *("--new-head", "--temporal", "xclip"),
+        *("--model", "plain.safetensors"),
+    ): "--loss is 'contrastive', and X-CLIP changes every sentence for every video, which that ",
+    (*XCLIP, "--unimodal"): "--unimodal is for ActionCLIP's visual prompts; name a --temporal",
+    (*XCLIP, "--epochs", "5", "--warmup-epochs", "5"): "--warmup-epochs is 5 of 5 epochs; use",
 }
 
 

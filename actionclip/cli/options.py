@@ -11,9 +11,9 @@ from actionclip.annotations import VideoList, read_video_list
 from actionclip.classifier import VideoClassifier
 from actionclip.errors import InputError
 from actionclip.labels import read_labels, read_templates
-from actionclip.models.actionclip import TEMPORAL, ActionCLIP
+from actionclip.models.base import VideoTextModel
 from actionclip.precision import PRECISION_NAMES, PRECISIONS, automatic_dtype
-from actionclip.weights import load
+from actionclip.weights import KINDS, load
 
 
 def add_data_options(group: Any, data: str = "the data", *, several_splits: bool = False) -> None:
@@ -52,7 +52,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     model.add_argument(
         "--temporal",
         metavar="PROMPT",
-        help=f"visual prompt, if the weights leave it open: {', '.join(TEMPORAL)}",
+        help=f"visual prompt, if the weights leave it open: {', '.join(KINDS)}",
     )
     model.add_argument(
         "--activation",
@@ -79,19 +79,24 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """Add what says how labels become sentences."""
+def add_text_options(
+    parser: argparse.ArgumentParser,
+    templates: str = "the model's own, 16 sentences for CLIP",
+    raw_labels: str = "as the model was trained, for CLIP the latter",
+) -> None:
+    """Add what says how labels become sentences; the help names these two defaults."""
     text = parser.add_argument_group("text")
     text.add_argument(
         "--templates",
         metavar="NAME_OR_FILE",
         help="actionclip (16 sentences), none (the label alone), or a file with a template a line "
-        "(default: the model's own, 16 sentences for CLIP)",
+        f"(default: {templates})",
     )
     text.add_argument(
         "--raw-labels",
-        action="store_true",
-        help='use labels as they are; by default "BrushHair" and "brush_hair" become "brush hair"',
+        action=argparse.BooleanOptionalAction,
+        help='use labels as they are, or read "BrushHair" and "brush_hair" as "brush hair" '
+        f"(default: {raw_labels})",
     )
 
 
@@ -109,7 +114,7 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_model(args: argparse.Namespace, device: torch.device) -> ActionCLIP:
+def load_model(args: argparse.Namespace, device: torch.device) -> VideoTextModel:
     """Load the model that the options above ask for."""
     return load(
         args.model,
@@ -122,7 +127,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> ActionCLIP:
 
 
 def build_classifier(
-    args: argparse.Namespace, labels: Sequence[str], model: ActionCLIP
+    args: argparse.Namespace, labels: Sequence[str], model: VideoTextModel
 ) -> VideoClassifier:
     """Make the classifier that the options above ask for."""
     templates = None if args.templates is None else read_templates(args.templates)

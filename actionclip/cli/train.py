@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tqdm import tqdm
@@ -31,8 +31,11 @@ from actionclip.cli.command import ExitCode
 from actionclip.cli.plots import draw_curves
 from actionclip.errors import InputError, MissingExtraError, TrainingError
 from actionclip.labels import read_labels, read_templates
+from actionclip.losses import Target
+from actionclip.mixing import Mixing
 from actionclip.models.actionclip import ActionCLIP
-from actionclip.recipe import ParameterGroup, Recipe
+from actionclip.models.base import VideoTextModel
+from actionclip.recipe import RECIPES, Loss, ParameterGroup, Recipe, Schedule
 from actionclip.runs import RunFolder
 from actionclip.train import SCORE, Record, Running, Trainer
 from actionclip.weights import digest, load
@@ -50,6 +53,8 @@ exit codes:
 
 examples:
   %(prog)s --train clips/train --val clips/val --model ViT-B/16 --temporal transf --output RUN
+  %(prog)s --recipe xclip --train clips/train --model ViT-B/16 --output RUN
+  %(prog)s --recipe vifi -h     # with the defaults of that recipe
   %(prog)s --train train.csv --videos /data --batch-size 128 --micro-batch 16 --output RUN
   %(prog)s ... --output RUN --resume latest
   torchrun --nproc-per-node 4 -m actionclip train ...
@@ -67,13 +72,28 @@ PRETRAINED: dict[str | None, bool | Literal["image", "text"]] = {
 }
 
 
-def build_parser() -> command.OneLineParser:
-    """Describe the command's arguments."""
+def build_parser(recipe_name: str = "actionclip") -> command.OneLineParser:
+    """Describe the command's arguments, which a recipe gives their defaults."""
+    recipe = RECIPES[recipe_name]
+    assert recipe.augmentation is not None
     parser = command.build_parser(PROG, "Fine-tune a model on labelled videos.")
     parser.epilog = EPILOG
+    parser.add_argument(
+        "--recipe",
+        choices=tuple(RECIPES),
+        default=recipe_name,
+        help="published recipe that all options are set by which are not given; shown here: "
+        "%(default)s",
+    )
     _add_data_options(parser)
     model = options.add_model_options(parser)
-    model.add_argument("--frames", type=int, metavar="T", help="frames taken from a video (8)")
+    frames = recipe.num_frames or 8
+    model.add_argument(
+        "--frames",
+        type=int,
+        metavar="T",
+        help=f"frames taken from a video (those of the weights, else {frames})",
+    )
     model.add_argument(
         "--from-scratch",
         choices=("both", "image", "text"),
@@ -93,10 +113,14 @@ def build_parser() -> command.OneLineParser:
         help="train a linear classifier by cross-entropy instead of comparing with sentences, the "
         "paper's baseline; it knows no other classes",
     )
-    options.add_text_options(parser)
-    _add_recipe_options(parser, Recipe())
-    _add_lock_options(parser)
-    _add_augmentation_options(parser, Augmentation(resolution=1))
+    if recipe_name == "actionclip":
+        options.add_text_options(parser)
+    else:
+        names = "the former" if recipe.raw_labels else "the latter"
+        options.add_text_options(parser, " or ".join(map(repr, recipe.templates)), names)
+    _add_recipe_options(parser, recipe)
+    _add_lock_options(parser, recipe)
+    _add_augmentation_options(parser, recipe.augmentation)
     _add_running_options(parser, Running())
     return parser
 
@@ -135,41 +159,65 @@ def _add_number(
 
 
 def _add_recipe_options(parser: argparse.ArgumentParser, default: Recipe) -> None:
-    recipe = parser.add_argument_group("recipe (defaults: the paper's)")
+    recipe = parser.add_argument_group("recipe (defaults: those of --recipe)")
     number = partial(_add_number, recipe)
+    recipe.add_argument(
+        "--loss",
+        choices=get_args(Loss),
+        default=default.loss,
+        help="compare the videos of a batch with one another's sentences, or each with the "
+        "sentences of all classes (%(default)s)",
+    )
+    recipe.add_argument(
+        "--target",
+        choices=get_args(Target),
+        default=default.target,
+        help="what matching videos and texts share in the contrastive loss: all (the paper), or "
+        "softmax(10) (the official code) (%(default)s)",
+    )
+    number(
+        "--label-smoothing", default.label_smoothing, "S", "share of a target for all classes alike"
+    )
+    _add_switch(recipe, "--mixing", default.mixing is not None, "Mixup and CutMix of whole videos")
+    number(
+        "--distill",
+        default.distillation,
+        "W",
+        "weight of the distance to the embeddings of the model before training",
+    )
     number("--epochs", default.epochs, "N")
     number("--batch-size", default.batch_size, "N", "videos of a step, over all processes")
     recipe.add_argument(
         "--micro-batch",
         type=int,
         metavar="N",
-        help="encode N videos at a time, for less memory; a step still compares all of them",
+        help="encode N videos at a time, for less memory, with the same result",
     )
     number("--lr", default.learning_rate, "RATE", "learning rate of the text encoder")
     number("--visual-lr-ratio", default.visual_ratio, "R", "rate of the image encoder over --lr")
-    number("--head-lr-ratio", default.head_ratio, "R", "rate of the temporal head over --lr")
+    number("--head-lr-ratio", default.head_ratio, "R", "rate of what is added to CLIP over --lr")
     number("--weight-decay", default.weight_decay, "W")
+    _add_switch(recipe, "--decay-biases", default.decay_biases, "decay biases and positions, too")
+    shown = "a tenth of --epochs" if default.warmup_epochs is None else f"{default.warmup_epochs:g}"
     recipe.add_argument(
-        "--warmup-epochs", type=float, metavar="E", help="(default: a tenth of --epochs)"
+        "--warmup-epochs",
+        type=float,
+        default=default.warmup_epochs,
+        metavar="E",
+        help=f"(default: {shown})",
     )
     recipe.add_argument(
         "--schedule",
-        choices=("cosine", "constant"),
+        choices=get_args(Schedule),
         default=default.schedule,
-        help="of the rate after warm-up (%(default)s)",
+        help="of the rate after warm-up; whole-cosine is as far as without one (%(default)s)",
     )
+    number("--lowest-lr-ratio", default.lowest_ratio, "R", "rate at the end of a cosine over --lr")
     number(
         "--lr-every",
         default.rate_every,
         "N",
         "steps between changes of the rate; the official code has 10",
-    )
-    recipe.add_argument(
-        "--target",
-        choices=("uniform", "official"),
-        default=default.target,
-        help="what matching videos and texts share: all (the paper), or softmax(10) (the "
-        "official code) (%(default)s)",
     )
     recipe.add_argument(
         "--clip-gradient", type=float, metavar="NORM", help="longest gradient (any)"
@@ -192,21 +240,41 @@ def _add_recipe_options(parser: argparse.ArgumentParser, default: Recipe) -> Non
     number("--seed", default.seed, "S")
 
 
-def _add_lock_options(parser: argparse.ArgumentParser) -> None:
-    lock = parser.add_argument_group("what is trained (default: everything)")
-    for tower in ("image", "text"):
+def _add_switch(group: argparse._ArgumentGroup, name: str, default: bool, text: str) -> None:
+    """Add an option that can also be turned off."""
+    action = argparse.BooleanOptionalAction
+    shown = "yes" if default else "no"
+    group.add_argument(name, action=action, default=default, help=f"{text} ({shown})")
+
+
+def _add_lock_options(parser: argparse.ArgumentParser, default: Recipe) -> None:
+    lock = parser.add_argument_group("what is trained")
+    for tower, blocks in (("image", default.lock_image), ("text", default.lock_text)):
         lock.add_argument(
             f"--lock-{tower}",
-            type=int,
+            type=blocks_or_none,
             nargs="?",
             const=0,
+            default=blocks,
             metavar="N",
-            help=f"lock the {tower} encoder, but for its last N blocks if N is given",
+            help=f"lock the {tower} encoder, but for its last N blocks if N is given; none trains "
+            f"all of it ({'none' if blocks is None else blocks})",
         )
+    _add_switch(lock, "--lock-scale", default.lock_scale, "lock the temperature")
+
+
+def blocks_or_none(text: str) -> int | None:
+    """Read how many blocks of an encoder are trained, None for all of it."""
+    if text == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor none") from error
 
 
 def _add_augmentation_options(parser: argparse.ArgumentParser, default: Augmentation) -> None:
-    group = parser.add_argument_group("augmentation (defaults: the paper's for Kinetics)")
+    group = parser.add_argument_group("augmentation (defaults: those of --recipe)")
     shown = f"{default.randaugment_ops} {default.randaugment_magnitude}"
     group.add_argument(
         "--no-augmentation", action="store_true", help="train on the centre crop of evaluation"
@@ -234,6 +302,13 @@ def _add_augmentation_options(parser: argparse.ArgumentParser, default: Augmenta
         default=default.scales,
         metavar="S",
         help="sides of the crop over the short side of the frame (1 0.875 0.75 0.66)",
+    )
+    group.add_argument(
+        "--crop-positions",
+        type=int,
+        choices=(5, 13),
+        default=default.crop_positions,
+        help="places of a crop: corners and centre, or more between them (%(default)s)",
     )
     group.add_argument(
         "--per-frame",
@@ -266,7 +341,15 @@ def _add_running_options(parser: argparse.ArgumentParser, default: Running) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return command.run(build_parser(), train, argv)
+    return command.run(build_parser(chosen_recipe(argv)), train, argv)
+
+
+def chosen_recipe(argv: Sequence[str] | None) -> str:
+    """Return the name after --recipe, if it is one; the parser complains otherwise."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--recipe", nargs="?")
+    name = parser.parse_known_args(argv)[0].recipe
+    return name if name in RECIPES else next(iter(RECIPES))
 
 
 def train(args: argparse.Namespace) -> ExitCode:
@@ -312,20 +395,18 @@ def _train(
         folder.check_free()
     videos, val = read_data(args)
     torch.manual_seed(args.seed % 2**63)  # for weights that no file holds
-    model = load(
-        args.model,
-        temporal=args.temporal,
-        num_frames=args.frames,
-        device=device,
-        pretrained=PRETRAINED[args.from_scratch],
-        activation=args.activation,
-        new_head=args.new_head,
-    )
-    if args.unimodal and model.config.class_names != videos.class_names:
-        if model.linear is not None:
-            tell("the linear classifier of the weights is for other classes; a new one is started")
-        model.classify_linearly(videos.class_names)
-    elif model.linear is not None and not args.unimodal:
+    model = load_start(args, recipe, device)
+    if args.unimodal:
+        if not isinstance(model, ActionCLIP):
+            raise InputError("--unimodal is for ActionCLIP's visual prompts; name a --temporal")
+        if model.config.class_names != videos.class_names:
+            if model.linear is not None:
+                tell(
+                    "the linear classifier of the weights is for other classes; a new one is "
+                    "started"
+                )
+            model.classify_linearly(videos.class_names)
+    elif model.linear is not None:
         raise InputError(
             f"--model {args.model} has a linear classifier; train it on with --unimodal, or start "
             "anew with --new-head"
@@ -382,12 +463,38 @@ def check_unimodal(args: argparse.Namespace) -> None:
     """Refuse what would do nothing without sentences."""
     given = {
         "--templates": args.templates is not None,
-        "--raw-labels": args.raw_labels,
-        "--lock-text": args.lock_text is not None,
+        "--raw-labels": args.raw_labels is not None,
+        "--lock-text": args.lock_text != RECIPES[args.recipe].lock_text,
         "--from-scratch text": args.from_scratch == "text",
     }
     if useless := [option for option, is_given in given.items() if is_given]:
         raise InputError(f"--unimodal reads no sentences; drop {' and '.join(useless)}")
+
+
+def load_start(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> VideoTextModel:
+    """Load the model to start from; what it leaves open is as the recipe has it."""
+    load_as = partial(
+        load,
+        args.model,
+        num_frames=args.frames,
+        device=device,
+        pretrained=PRETRAINED[args.from_scratch],
+        activation=args.activation,
+        new_head=args.new_head,
+    )
+    try:
+        model = load_as(temporal=args.temporal or recipe.temporal)
+    except InputError as error:
+        if args.temporal is not None or "contradicts" not in str(error):
+            raise
+        model = load_as()
+        tell(f"the weights have the visual prompt {model.config.temporal}, which stays")
+    if args.frames is None and recipe.num_frames and model.config.temporal == "meanp":
+        # No weight of a mean depends on them.
+        if recipe.num_frames != model.num_frames:
+            tell(f"{recipe.num_frames} frames of a video, as in the recipe; --frames takes others")
+        model.config = replace(model.config, num_frames=recipe.num_frames)
+    return model
 
 
 def read_data(args: argparse.Namespace) -> tuple[VideoList, VideoList | None]:
@@ -434,7 +541,15 @@ def pick_classes(which: str, videos: VideoList) -> Sequence[str]:
 
 def build_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
     """Gather what decides the result, but for what depends on the model and the data."""
-    return Recipe(
+    recipe = RECIPES[args.recipe]
+    return replace(
+        recipe,
+        # The baseline compares with its classes, whatever the recipe does.
+        loss="classes" if args.unimodal else args.loss,
+        target=args.target,
+        label_smoothing=args.label_smoothing,
+        mixing=(recipe.mixing or Mixing()) if args.mixing else None,
+        distillation=args.distill,
         epochs=args.epochs,
         batch_size=args.batch_size,
         micro_batch=args.micro_batch,
@@ -442,18 +557,19 @@ def build_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
         visual_ratio=args.visual_lr_ratio,
         head_ratio=args.head_lr_ratio,
         weight_decay=args.weight_decay,
+        decay_biases=args.decay_biases,
         warmup_epochs=args.warmup_epochs,
         schedule=args.schedule,
+        lowest_ratio=args.lowest_lr_ratio,
         rate_every=args.lr_every,
-        target=args.target,
         clip_gradient=args.clip_gradient,
         drop_path=args.drop_path,
         lock_image=args.lock_image,
         lock_text=args.lock_text,
+        lock_scale=args.lock_scale,
         frame_position_std=args.frame_position_std,
         average_from=args.average_from,
         precision=options.pick_precision(args.precision, device),
-        raw_labels=args.raw_labels,
         augmentation=None if args.no_augmentation else build_augmentation(args),
         seed=args.seed,
     )
@@ -469,12 +585,13 @@ def build_augmentation(args: argparse.Namespace) -> Augmentation:
         grayscale=args.grayscale,
         randaugment_ops=args.randaugment[0],
         randaugment_magnitude=args.randaugment[1],
+        crop_positions=args.crop_positions,
         per_frame=args.per_frame,
     )
 
 
 def fit_recipe(
-    recipe: Recipe, args: argparse.Namespace, model: ActionCLIP, videos: VideoList
+    recipe: Recipe, args: argparse.Namespace, model: VideoTextModel, videos: VideoList
 ) -> Recipe:
     """Complete the recipe with what depends on the model and the data."""
     augmentation = recipe.augmentation
@@ -483,10 +600,13 @@ def fit_recipe(
         if args.flip == "auto" and has_direction(videos.class_names):
             tell("no video is mirrored, because labels name a direction; --flip yes does it")
             augmentation = replace(augmentation, flip=0.0)
-    templates = model.config.templates
-    if args.templates is not None:
-        templates = read_templates(args.templates)
-    return replace(recipe, augmentation=augmentation, templates=tuple(templates))
+    # ActionCLIP's sentences are only the first choice of models that have no others.
+    source = model.config if args.recipe == "actionclip" else recipe
+    templates = source.templates if args.templates is None else read_templates(args.templates)
+    raw_labels = source.raw_labels if args.raw_labels is None else args.raw_labels
+    return replace(
+        recipe, augmentation=augmentation, templates=tuple(templates), raw_labels=raw_labels
+    )
 
 
 def in_terms_of_options(error: InputError) -> InputError:
@@ -496,6 +616,8 @@ def in_terms_of_options(error: InputError) -> InputError:
         "visual_ratio": "--visual-lr-ratio",
         "head_ratio": "--head-lr-ratio",
         "rate_every": "--lr-every",
+        "lowest_ratio": "--lowest-lr-ratio",
+        "distillation": "--distill",
         "num_frames": "--frames",
         "shots": "--shots",
         "scales": "--crop-scales",

@@ -345,7 +345,10 @@ class XCLIP(VideoTextModel):
 
 
 def is_added(name: str) -> bool:
-    """Tell whether X-CLIP adds the weight of this name to CLIP."""
+    """Tell whether X-CLIP adds the weight of this name to CLIP.
+
+    In the official code a rule on names, too: those with message_, mit or prompts.
+    """
     return name.startswith(("mit.", "prompts_")) or ".message_" in name
 
 
