@@ -150,8 +150,6 @@ def fetch(
 
     def found() -> str | None:
         if _is_wanted(path, known(), size, verify):
-            if note and verify and not known():
-                _write_note(note, _digest_of(path))
             return path
         others = (os.path.join(folder, filename) for folder in also_look_in if sha256)
         return next((other for other in others if _is_wanted(other, sha256, size, True)), None)
@@ -163,6 +161,8 @@ def fetch(
     if offline:
         state = "is missing"
         if os.path.exists(path):
+            state = "is no file"
+        if os.path.isfile(path):
             state = f"does not have its {'checksum' if source.sha256 else f'{size} bytes'}"
         checksum = f", SHA-256 {source.sha256}," if source.sha256 else ""
         raise DownloadError(
@@ -180,6 +180,19 @@ def fetch(
             if note:
                 _write_note(note, received)
     return present or path
+
+
+def note_checksum(path: str) -> None:
+    """Let a file of `fetch` without a published checksum keep its content, once that is good.
+
+    What was downloaded is noted already; this is for files that were put there by hand.
+
+    Raises:
+        DownloadError: if the note cannot be written.
+    """
+    note = f"{path}.sha256"
+    if _noted(note) is None:
+        _write_note(note, _digest_of(path))
 
 
 def _is_wanted(path: str, sha256: str | None, size: int | None, verify: bool) -> bool:

@@ -145,7 +145,7 @@ class Recipe:
         if not 0 <= self.drop_path < 1:
             raise InputError(f"drop_path is {self.drop_path}; use a probability below 1")
         if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"label_smoothing is {self.label_smoothing}; use a share below 1")
+            raise InputError(f"label_smoothing is {self.label_smoothing}; use 0 or more, below 1")
         if not 0 <= self.lowest_ratio <= 1:
             raise InputError(f"lowest_ratio is {self.lowest_ratio}; use a share, 0 to 1")
         if self.average_from is not None and not 1 <= self.average_from <= self.epochs:
@@ -166,6 +166,8 @@ class Recipe:
             for name in ("label_smoothing", "mixing"):
                 if getattr(self, name):
                     raise InputError(f"{name} is for the loss 'classes'; use that, or do without")
+        elif self.target != "uniform":
+            raise InputError("target is for the loss 'contrastive'; use that, or leave it out")
         if self.warmup >= self.epochs:
             raise InputError(
                 f"warmup_epochs is {self.warmup:g} of {self.epochs} epochs; use fewer, or the rate "
@@ -286,7 +288,8 @@ def prepare(model: VideoTextModel, recipe: Recipe) -> list[ParameterGroup]:
         that X-CLIP adds to CLIP to head.
 
     Raises:
-        InputError: if more blocks are to be unlocked than the encoder has.
+        InputError: if more blocks are to be unlocked than the encoder has, or nothing is left to
+            train.
     """
     _set_drop_path(model, recipe.drop_path)
     _lock(model, recipe)
@@ -310,6 +313,8 @@ def prepare(model: VideoTextModel, recipe: Recipe) -> list[ParameterGroup]:
                 num_locked=sum(p.numel() for _, p in named if not p.requires_grad),
             )
         )
+    if not any(group.num_trained for group in groups):
+        raise InputError("all weights are locked and nothing can learn; lock less of the model")
     return groups
 
 

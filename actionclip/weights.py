@@ -47,6 +47,9 @@ from actionclip.tokenizer import token_ids
 # What `temporal` may ask for: a visual prompt of ActionCLIP, or X-CLIP.
 KINDS = (*TEMPORAL, "xclip")
 
+# A few minutes of video at its own rate; far more would only fill the memory.
+MAX_NUM_FRAMES = 10_000
+
 # Attention heads that Hugging Face's XCLIPModel has by default, whatever its width.
 HUGGING_FACE_HEADS = 8
 
@@ -106,8 +109,8 @@ def load(
         DownloadError: if a published file cannot be fetched.
     """
     name = os.fspath(name_or_path)
-    if num_frames is not None and num_frames < 1:
-        raise InputError(f"num_frames is {num_frames}, it must be at least 1")
+    if num_frames is not None and not 1 <= num_frames <= MAX_NUM_FRAMES:
+        raise InputError(f"num_frames is {num_frames}; use 1 to {MAX_NUM_FRAMES}")
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype is {dtype}; choose from {', '.join(map(str, DTYPES))}")
     if temporal is not None and canonical_temporal(temporal) not in KINDS:
@@ -123,10 +126,12 @@ def load(
 
     asked = None if temporal is None else canonical_temporal(temporal)
     if pretrained:
-        checkpoint = _read(name, download_root, dtype or torch.float32)
+        checkpoint, path = _read(name, download_root, dtype or torch.float32)
         if new_head:
             checkpoint.forget_head()
         config = _configure(checkpoint, name, asked, activation)
+        if name in MODELS:
+            _check_published(checkpoint, config, name)
         config = _with_time(config, checkpoint, name, asked, num_frames)
         config = _with_faults(config, name, official_conv1d, hugging_face_heads)
         if pretrained == "text":
@@ -138,6 +143,8 @@ def load(
             if dtype is not None:
                 cast_encoders(model.clip, dtype)
         _fill(model, checkpoint, name)
+        if name in MODELS and MODELS[name].sha256 is None:
+            download.note_checksum(path)
     else:
         if name in PACKAGED:
             config = PACKAGED[name].config
@@ -211,8 +218,8 @@ def _read(
     name: str,
     download_root: str | os.PathLike[str] | None,
     half_as: torch.dtype | None = None,
-) -> Checkpoint:
-    """Read and convert the file behind a published name or a path."""
+) -> tuple[Checkpoint, str]:
+    """Read and convert the file behind a published name or a path; returns its path, too."""
     path = name
     if name in MODELS:
         path = _fetch(name, download_root)
@@ -231,7 +238,7 @@ def _read(
         raise WeightsError(f"{path}: not the tensors or settings of a model ({error})") from error
     if checkpoint.activation is None and "quickgelu" in os.path.basename(path).lower():
         checkpoint.activation = "quick_gelu"
-    return checkpoint
+    return checkpoint, path
 
 
 def _fetch(name: str, download_root: str | os.PathLike[str] | None) -> str:
@@ -245,6 +252,20 @@ def _fetch(name: str, download_root: str | os.PathLike[str] | None) -> str:
         # OpenAI's own package keeps the same files there, of which the checksum is known.
         also_look_in=() if download_root else (os.path.expanduser("~/.cache/clip"),),
     )
+
+
+def _check_published(checkpoint: Checkpoint, config: VideoTextConfig, name: str) -> None:
+    """Refuse a file of another shape than its published name says.
+
+    The hub gives all of them the same name, so that one is easily taken for another by hand.
+    """
+    published = MODELS[name]
+    wanted = (published.config.clip, published.config.num_frames)
+    if published.sha256 is None and (config.clip, checkpoint.num_frames) != wanted:
+        raise WeightsError(
+            f"{name}: the downloaded {published.file} is that of another model; replace it by "
+            f"{published.url}"
+        )
 
 
 def _packaged(name: str) -> str:
@@ -276,7 +297,8 @@ def _borrow_token_embedding(
     config = infer_clip_config(checkpoint, "quick_gelu")
     for name, published in MODELS.items():
         if published.config.clip == config:
-            checkpoint.clip[key] = _read(name, download_root).clip[key]
+            openai, _ = _read(name, download_root)
+            checkpoint.clip[key] = openai.clip[key]
             return
     raise WeightsError(
         "this ViFi-CLIP checkpoint lacks the token embedding of the OpenAI model it started "

@@ -725,9 +725,13 @@ def test_file_put_there_by_hand_is_noted(tmp_path: Path) -> None:
     assert get_unpinned(HUB, tmp_path, offline=True, verify=False) == str(tmp_path / NAME)
     assert files(tmp_path) == [NAME]
     assert get_unpinned(HUB, tmp_path, offline=True) == str(tmp_path / NAME)
+    assert files(tmp_path) == [NAME]  # its content may still turn out to be bad
+    download.note_checksum(str(tmp_path / NAME))
     assert (tmp_path / NOTE).read_text() == note()
     get_unpinned(HUB, tmp_path, offline=True)
     (tmp_path / NAME).write_bytes(OTHER)
+    download.note_checksum(str(tmp_path / NAME))
+    assert (tmp_path / NOTE).read_text() == note()
     message = (
         f"{tmp_path / NAME} does not have its checksum and downloads are switched off (offline): "
         f"fetch {HUB}, SHA-256 {SHA256}, elsewhere and put it there, or remove {tmp_path / NOTE} "
@@ -742,7 +746,7 @@ def test_folder_that_nobody_may_write_to_gets_no_note(
 ) -> None:
     (tmp_path / NAME).write_bytes(BODY)
     monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (str(tmp_path), os.W_OK))
-    get_unpinned(HUB, tmp_path)
+    download.note_checksum(str(tmp_path / NAME))
     assert files(tmp_path) == [NAME]
 
 
@@ -754,6 +758,10 @@ def test_offline_message_without_a_checksum(tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(b"short")
     with pytest.raises(DownloadError, match=f"{NAME} does not have its 600000 bytes .*{remedy}$"):
         get_unpinned(HUB, tmp_path, offline=True, size=len(BODY))
+    (tmp_path / NAME).unlink()
+    (tmp_path / NAME).mkdir()
+    with pytest.raises(DownloadError, match=f"{NAME} is no file and downloads .*{remedy}$"):
+        get_unpinned(HUB, tmp_path, offline=True)
 
 
 def test_environment_names_the_mirror(

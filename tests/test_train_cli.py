@@ -223,7 +223,7 @@ def test_a_tiny_x_clip_learns(run: Run, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     given = {"epochs": 5, "batch_size": 5, "learning_rate": 1e-3, "warmup_epochs": 0.5}
     augmentation = {**asdict(RECIPES["xclip"].augmentation), "resolution": 48, "flip": 0}
-    expected = asdict(RECIPES["xclip"]) | given | {"distillation": 0.1}
+    expected = asdict(RECIPES["xclip"]) | given | {"distillation": 0.1, "num_frames": 3}
     expected["augmentation"] = augmentation
     assert config["recipe"] == json.loads(json.dumps(expected))
     assert config["model"]["temporal"] == "xclip"
@@ -417,7 +417,7 @@ WRONG = {
     ("--new-head", "--from-scratch"): "--from-scratch has nothing that --new-head could replace",
     ("--warmup-epochs", "2", "--epochs", "2"): "--warmup-epochs is 2 of 2 epochs; use fewer",
     ("--crop-scales", "0"): "--crop-scales are (0.0,); use one or more in (0, 1]",
-    ("--frames", "0"): "--frames is 0, it must be at least 1",
+    ("--frames", "0"): "--frames is 0; use 1 to 10000",
     ("--output", ""): "--output is empty; name a folder",
     ("--resume", "first"): "argument --resume: invalid choice: 'first'",
     ("--batch-size", "many"): "argument --batch-size: invalid int value: 'many'",
@@ -436,7 +436,7 @@ WRONG = {
     ("--recipe",): "argument --recipe: expected one argument",
     ("--lock-text", "all"): "argument --lock-text: 'all' is neither a number nor none",
     ("--mixing",): "--mixing is for the loss 'classes'; use that, or do without",
-    ("--label-smoothing", "1", "--loss", "classes"): "--label-smoothing is 1.0; use a share below",
+    ("--label-smoothing", "1", "--loss", "classes"): "--label-smoothing is 1.0; use 0 or more, ",
     ("--lowest-lr-ratio", "2"): "--lowest-lr-ratio is 2.0; use a share, 0 to 1",
     ("--distill", "-1"): "--distill is -1.0; use 0 or more",
     (
@@ -447,7 +447,12 @@ WRONG = {
         *("--new-head", "--temporal", "xclip"),
         *("--model", "plain.safetensors"),
     ): "--loss is 'contrastive', and X-CLIP changes every sentence for every video, which that ",
-    (*XCLIP, "--unimodal"): "--unimodal is for ActionCLIP's visual prompts; name a --temporal",
+    (*XCLIP, "--loss", "contrastive"): "--loss contrastive contradicts --recipe xclip; take --rec",
+    (*XCLIP, "--target", "official"): "--target is for the loss 'contrastive'; use that, or leave",
+    ("--lock-image", "--lock-text", "--lock-scale", "--model", "plain.safetensors"): (
+        "all weights are locked and nothing can learn; lock less of the model"
+    ),
+    (*XCLIP, "--unimodal"): "--unimodal is for ActionCLIP's visual prompts, and this would be",
     (*XCLIP, "--epochs", "5", "--warmup-epochs", "5"): "--warmup-epochs is 5 of 5 epochs; use",
 }
 

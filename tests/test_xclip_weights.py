@@ -1,6 +1,7 @@
 """X-CLIP's weights in every published format, and the peer in transformers on the same ones."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import filled
@@ -16,7 +17,7 @@ import actionclip
 from actionclip import weights
 from actionclip.cli import zeroshot
 from actionclip.conversion import convert
-from actionclip.errors import InputError, WeightsError
+from actionclip.errors import DownloadError, InputError, WeightsError
 from actionclip.models.actionclip import ActionCLIP
 from actionclip.models.xclip import XCLIP, XCLIPConfig, is_added
 from actionclip.published import MODELS
@@ -301,3 +302,55 @@ def test_several_views_are_the_same_each_time(h264_video: Path) -> None:
     assert not model.training
     assert classifier.scale is None
     assert classifier.raw_labels
+
+
+@pytest.fixture
+def by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A published name whose file a user has put into the folder of downloads."""
+    name = "xclip-base-patch32"
+    monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=xclip_config("small")))
+    monkeypatch.setenv("ACTIONCLIP_OFFLINE", "1")
+    path = tmp_path / f"{name}.bin"
+    torch.save(to_hugging_face(official_state("small")), path)
+    return path
+
+
+def test_a_file_put_there_by_hand_is_noted_once_it_is_good(by_hand: Path) -> None:
+    note = by_hand.with_name(f"{by_hand.name}.sha256")
+    whole = by_hand.read_bytes()
+    by_hand.write_bytes(whole[:1000])
+    with pytest.raises(WeightsError, match="cut short or damaged"):
+        actionclip.load("xclip-base-patch32", download_root=by_hand.parent)
+    assert not note.exists()
+    by_hand.write_bytes(whole)
+    model = actionclip.load("xclip-base-patch32", download_root=by_hand.parent)
+    assert_same_weights(model, "small")
+    assert note.exists()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    by_hand.write_bytes(damaged)
+    with pytest.raises(DownloadError, match="does not have its checksum"):
+        actionclip.load("xclip-base-patch32", download_root=by_hand.parent)
+
+
+@pytest.mark.parametrize("other", ["shape", "frames"])
+def test_another_models_file_under_the_name_is_refused(
+    other: str, by_hand: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = xclip_config("small")
+    if other == "frames":
+        config = replace(config, num_frames=8)
+    else:
+        config = replace(config, clip=replace(config.clip, vision_layers=4))
+    entry = replace(MODELS["xclip-base-patch32"], config=config)
+    monkeypatch.setitem(MODELS, "xclip-base-patch32", entry)
+    with pytest.raises(
+        WeightsError, match=r"xclip-base-patch32\.bin is that of another model; replace it by https"
+    ):
+        actionclip.load("xclip-base-patch32", download_root=by_hand.parent)
+    assert sorted(path.name for path in by_hand.parent.iterdir()) == [by_hand.name]
+
+
+def test_frames_that_would_fill_the_memory_are_refused() -> None:
+    with pytest.raises(InputError, match=r"num_frames is 5000000; use 1 to 10000"):
+        actionclip.load("tiny", num_frames=5_000_000)

@@ -40,8 +40,13 @@ def read_data(args: argparse.Namespace, data: str) -> VideoList:
     return read_video_list(data, videos=args.videos, class_names=class_names, split=args.split)
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> Any:
-    """Add what says which model runs where; returns the group, for more of it."""
+def add_model_options(parser: argparse.ArgumentParser, temporal: str | None = None) -> Any:
+    """Add what says which model runs where; returns the group, for more of it.
+
+    Args:
+        parser: gets the options.
+        temporal: visual prompt of weights that leave it open, for the help.
+    """
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model",
@@ -52,7 +57,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
     model.add_argument(
         "--temporal",
         metavar="PROMPT",
-        help=f"visual prompt, if the weights leave it open: {', '.join(KINDS)}",
+        help=f"visual prompt, if the weights leave it open: {', '.join(KINDS)} "
+        f"({temporal or 'meanp'})",
     )
     model.add_argument(
         "--activation",

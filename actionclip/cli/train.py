@@ -86,7 +86,7 @@ def build_parser(recipe_name: str = "actionclip") -> command.OneLineParser:
         "%(default)s",
     )
     _add_data_options(parser)
-    model = options.add_model_options(parser)
+    model = options.add_model_options(parser, recipe.temporal)
     frames = recipe.num_frames or 8
     model.add_argument(
         "--frames",
@@ -277,7 +277,9 @@ def _add_augmentation_options(parser: argparse.ArgumentParser, default: Augmenta
     group = parser.add_argument_group("augmentation (defaults: those of --recipe)")
     shown = f"{default.randaugment_ops} {default.randaugment_magnitude}"
     group.add_argument(
-        "--no-augmentation", action="store_true", help="train on the centre crop of evaluation"
+        "--no-augmentation",
+        action="store_true",
+        help="train on the centre crop of evaluation; --mixing is apart from that",
     )
     group.add_argument(
         "--randaugment",
@@ -360,6 +362,11 @@ def train(args: argparse.Namespace) -> ExitCode:
         raise InputError("--from-scratch has nothing that --new-head could replace; drop one")
     if args.unimodal:
         check_unimodal(args)
+    elif args.loss == "contrastive" and RECIPES[args.recipe].loss == "classes":
+        raise InputError(
+            f"--loss contrastive contradicts --recipe {args.recipe}; take --recipe actionclip, "
+            "with the options of the other that you want"
+        )
     device = options.join_processes(args.device, TIMEOUT_SECONDS)
     try:
         with stop_signals() as stopped_by:
@@ -398,7 +405,10 @@ def _train(
     model = load_start(args, recipe, device)
     if args.unimodal:
         if not isinstance(model, ActionCLIP):
-            raise InputError("--unimodal is for ActionCLIP's visual prompts; name a --temporal")
+            raise InputError(
+                "--unimodal is for ActionCLIP's visual prompts, and this would be an X-CLIP; name "
+                "another --temporal"
+            )
         if model.config.class_names != videos.class_names:
             if model.linear is not None:
                 tell(
@@ -605,7 +615,12 @@ def fit_recipe(
     templates = source.templates if args.templates is None else read_templates(args.templates)
     raw_labels = source.raw_labels if args.raw_labels is None else args.raw_labels
     return replace(
-        recipe, augmentation=augmentation, templates=tuple(templates), raw_labels=raw_labels
+        recipe,
+        temporal=model.config.temporal,
+        num_frames=model.num_frames,
+        augmentation=augmentation,
+        templates=tuple(templates),
+        raw_labels=raw_labels,
     )
 
 

@@ -115,6 +115,7 @@ class ActionCLIP(VideoTextModel):
         text_embeddings: Tensor,
         scale: float | Tensor | None = None,
     ) -> Tensor:
+        self._check_features(features)
         (video_embeddings,) = features
         if scale is None:
             scale = self.clip.logit_scale.exp()

@@ -184,6 +184,9 @@ class VideoTextModel(nn.Module):
 
         Returns:
             (B, P) logits in fp32: cosine similarity times the scale.
+
+        Raises:
+            TypeError: if the features are not such a tuple.
         """
         raise NotImplementedError
 
@@ -198,6 +201,13 @@ class VideoTextModel(nn.Module):
             (B, P) logits: cosine similarity times exp(logit_scale).
         """
         return self.compare(self.video_features(videos), self.encode_text(tokens))
+
+    def _check_features(self, features: object) -> None:
+        if not isinstance(features, tuple):
+            raise TypeError(
+                f"features are a {type(features).__name__}; pass the tuple that video_features "
+                "returns, not what encode_video does"
+            )
 
     def _check_shape(self, videos: Tensor) -> None:
         side = self.input_resolution

@@ -303,6 +303,7 @@ class XCLIP(VideoTextModel):
         Returns:
             (B, P) logits in fp32: cosine similarity times the scale.
         """
+        self._check_features(features)
         videos, patches = features
         if scale is None:
             scale = self.clip.logit_scale.exp()

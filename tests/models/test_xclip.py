@@ -227,3 +227,9 @@ def test_keys_and_shapes_are_the_official_ones() -> None:
         key: entry.get("shape", entry) if isinstance(entry, dict) else entry
         for key, entry in expected.items()
     }
+
+
+def test_an_embedding_alone_is_no_feature() -> None:
+    model = build_xclip("small")
+    with pytest.raises(TypeError, match="features are a Tensor; pass the tuple"):
+        model.compare(torch.zeros(2, 128), torch.zeros(3, 128))
