@@ -755,7 +755,8 @@ def _xclip(
 
 TABLES["xclip"] = Table(
     "What does it add to averaged frames?",
-    "ViT-B/16, 8 frames, Kinetics-400, single view. Twin: trained on the clips of Table 4, whose "
+    "ViT-B/16, 8 frames, Kinetics-400, single view; the two numbers were not checked against the "
+    "paper. Twin: trained on the clips of Table 4, whose "
     "seven heads are shown again. Base is the accuracy among the 51 trained labels, on 510 other "
     "clips; novel is that among the 13 combinations of their words that were left out, on 130 "
     "clips, which neither this training nor that of `tiny` has seen. Before them stands their "
