@@ -74,6 +74,8 @@ def load(
     official_conv1d: bool = False,
     hugging_face_heads: bool = False,
     new_head: bool = False,
+    default_temporal: str | None = None,
+    default_num_frames: int | None = None,
 ) -> VideoTextModel:
     """Load a model in eval mode.
 
@@ -97,6 +99,8 @@ def load(
             conversions of the large models do by mistake; the paper's have one for each 64
             channels, 12 there. The weights are the same.
         new_head: leave the file's visual prompt behind and start `temporal` anew.
+        default_temporal: visual prompt where neither the file nor `temporal` says any.
+        default_num_frames: likewise of the frames.
 
     Returns:
         An `ActionCLIP` or an `XCLIP`; its `config` is everything but the weights, and its
@@ -113,9 +117,9 @@ def load(
         raise InputError(f"num_frames is {num_frames}; use 1 to {MAX_NUM_FRAMES}")
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype is {dtype}; choose from {', '.join(map(str, DTYPES))}")
-    if temporal is not None and canonical_temporal(temporal) not in KINDS:
-        raise InputError(f"temporal is {temporal!r}; choose from {', '.join(KINDS)}")
-
+    for prompt in (temporal, default_temporal):
+        if prompt is not None and canonical_temporal(prompt) not in KINDS:
+            raise InputError(f"temporal is {prompt!r}; choose from {', '.join(KINDS)}")
     if activation not in (None, *get_args(Activation)):
         raise InputError(
             f"activation is {activation!r}; choose from {', '.join(get_args(Activation))}"
@@ -125,14 +129,22 @@ def load(
         raise InputError(f"pretrained is {pretrained!r}; use True, False, 'image' or 'text'")
 
     asked = None if temporal is None else canonical_temporal(temporal)
+    wanted = asked or (default_temporal and canonical_temporal(default_temporal))
     if pretrained:
         checkpoint, path = _read(name, download_root, dtype or torch.float32)
         if new_head:
             checkpoint.forget_head()
-        config = _configure(checkpoint, name, asked, activation)
+        if checkpoint.temporal and asked and asked != checkpoint.temporal:
+            raise InputError(
+                f"temporal={temporal!r} contradicts {name}, which has {checkpoint.temporal!r}; "
+                "leave it out, or start another prompt in training (new_head, --new-head)"
+            )
+        wanted = checkpoint.temporal or wanted
+        config = _configure(checkpoint, name, wanted, activation)
         if name in MODELS:
             _check_published(checkpoint, config, name)
-        config = _with_time(config, checkpoint, name, asked, num_frames)
+        trained = None if new_head else checkpoint.num_frames
+        config = _with_time(config, wanted, num_frames or trained or default_num_frames)
         config = _with_faults(config, name, official_conv1d, hugging_face_heads)
         if pretrained == "text":
             _redraw_image_encoder(checkpoint, config)
@@ -150,13 +162,13 @@ def load(
             config = PACKAGED[name].config
         elif name in MODELS:
             config = MODELS[name].config
-            if asked == "xclip" and not isinstance(config, XCLIPConfig):
+            if wanted == "xclip" and not isinstance(config, XCLIPConfig):
                 config = XCLIPConfig(config.clip)
         else:
             raise InputError(f"pretrained=False needs a known name, {_unknown(name)}")
         if activation is not None:
             config = replace(config, clip=replace(config.clip, activation=activation))
-        config = _with_time(config, Checkpoint(clip={}), name, asked, num_frames)
+        config = _with_time(config, wanted, num_frames or default_num_frames)
         config = _with_faults(config, name, official_conv1d, hugging_face_heads)
         model = _build(config, name)
         model.untrained = tuple(model.state_dict())
@@ -318,7 +330,7 @@ def _unknown(name: str) -> str:
 def _configure(
     checkpoint: Checkpoint,
     name: str,
-    asked: str | None,
+    temporal: str | None,
     activation: Activation | None,
 ) -> VideoTextConfig:
     """Find out what a file holds, as far as it tells, with what the caller knows of it."""
@@ -338,26 +350,17 @@ def _configure(
         clip = infer_clip_config(checkpoint, told or activation or "quick_gelu")
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
-    if "xclip" in (checkpoint.temporal, asked):
+    if temporal == "xclip":
         return XCLIPConfig(clip, **checkpoint.settings)
     return ActionCLIPConfig(clip, **checkpoint.settings)
 
 
 def _with_time(
-    config: VideoTextConfig,
-    checkpoint: Checkpoint,
-    name: str,
-    asked: str | None,
-    num_frames: int | None,
+    config: VideoTextConfig, temporal: str | None, num_frames: int | None
 ) -> VideoTextConfig:
     """Settle how frames become a video embedding, and how many there are."""
-    if checkpoint.temporal and asked and asked != checkpoint.temporal:
-        raise InputError(
-            f"temporal={asked!r} contradicts {name}, which has {checkpoint.temporal!r}; leave "
-            "it out, or start another prompt in training (new_head, --new-head)"
-        )
-    temporal = checkpoint.temporal or asked or config.temporal
-    num_frames = num_frames or checkpoint.num_frames or config.num_frames
+    temporal = temporal or config.temporal
+    num_frames = num_frames or config.num_frames
     common = {f.name: getattr(config, f.name) for f in fields(VideoTextConfig)}
     common["num_frames"] = num_frames
     if temporal == "xclip":

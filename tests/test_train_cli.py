@@ -329,8 +329,9 @@ def test_the_weights_say_more_than_the_recipe(folder: Path, capsys, monkeypatch)
     assert (model.config.temporal, model.num_frames) == ("transf_cls", 3)
     said = "the weights have the visual prompt transf_cls, which stays"
     assert said in capsys.readouterr().err
-    # Of a mean, no weight tells the number of frames.
-    assert start("--recipe", "vifi", "--model", "plain.safetensors").num_frames == 32
+    assert start("--recipe", "vifi", "--model", "plain.safetensors").num_frames == 3
+    new = start("--recipe", "vifi", "--model", "plain.safetensors", "--new-head")
+    assert new.num_frames == 32
     few = start("--recipe", "vifi", "--model", "plain.safetensors", "--frames", "4")
     assert few.num_frames == 4
     anew = start("--recipe", "xclip", "--model", "model.safetensors", "--new-head")

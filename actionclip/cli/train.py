@@ -483,27 +483,20 @@ def check_unimodal(args: argparse.Namespace) -> None:
 
 def load_start(args: argparse.Namespace, recipe: Recipe, device: torch.device) -> VideoTextModel:
     """Load the model to start from; what it leaves open is as the recipe has it."""
-    load_as = partial(
-        load,
+    model = load(
         args.model,
+        temporal=args.temporal,
         num_frames=args.frames,
         device=device,
         pretrained=PRETRAINED[args.from_scratch],
         activation=args.activation,
         new_head=args.new_head,
+        default_temporal=recipe.temporal,
+        default_num_frames=recipe.num_frames,
     )
-    try:
-        model = load_as(temporal=args.temporal or recipe.temporal)
-    except InputError as error:
-        if args.temporal is not None or "contradicts" not in str(error):
-            raise
-        model = load_as()
-        tell(f"the weights have the visual prompt {model.config.temporal}, which stays")
-    if args.frames is None and recipe.num_frames and model.config.temporal == "meanp":
-        # No weight of a mean depends on them.
-        if recipe.num_frames != model.num_frames:
-            tell(f"{recipe.num_frames} frames of a video, as in the recipe; --frames takes others")
-        model.config = replace(model.config, num_frames=recipe.num_frames)
+    found = model.config.temporal
+    if args.temporal is None and recipe.temporal not in (None, found):
+        tell(f"the weights have the visual prompt {found}, which stays")
     return model
 
 
