@@ -112,6 +112,7 @@ def xclip_frames(name: str) -> Tensor:
 
 
 @cache
+@torch.inference_mode(False)  # whoever asks first: others may want gradients
 def xclip_state(name: str) -> dict[str, Tensor]:
     """Fill an X-CLIP by the rule, under the official keys."""
     with torch.device("meta"):

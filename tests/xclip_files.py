@@ -31,6 +31,7 @@ def to_hugging_face(state: State) -> State:
 
 
 @cache
+@torch.inference_mode(False)
 def hugging_face_model(name: str, heads: int | None = None) -> Any:
     """Build transformers' XCLIPModel with the filled weights."""
     import transformers
