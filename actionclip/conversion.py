@@ -343,7 +343,7 @@ def _from_vifi(state: State) -> Checkpoint:
         "meanp",
         activation="quick_gelu",
         lacks_token_embedding=True,
-        settings={**XCLIP_PIXELS, "templates": ("a photo of a {}.",)},
+        settings={**XCLIP_PIXELS, "templates": ("a photo of a {}.",), "raw_labels": True},
     )
 
 
@@ -496,9 +496,10 @@ def _xclip_pixels(preprocessor: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(values, list) and len(values) == 3:
             settings[ours] = tuple(map(float, values))
     size = preprocessor.get("size")
-    short_side = size.get("shortest_edge") if isinstance(size, Mapping) else size
-    if isinstance(short_side, int) and preprocessor.get("do_resize", True):
-        settings["resize"] = short_side
+    if isinstance(size, Mapping):
+        size = size.get("shortest_edge", size.get("height"))
+    if isinstance(size, int) and preprocessor.get("do_resize", True):
+        settings["resize"] = size
     filters = {PILLOW_BILINEAR: "bilinear", PILLOW_BICUBIC: "bicubic"}
     if preprocessor.get("resample") in filters:
         settings["interpolation"] = filters[preprocessor["resample"]]

@@ -14,6 +14,7 @@ import hashlib
 import http.client
 import os
 import re
+import secrets
 import ssl
 import sys
 import time
@@ -176,8 +177,9 @@ def fetch(
         # Whoever held the lock before may have fetched it.
         present = found()
         if present is None:
-            received = _Download(source, path, patience, progress).run()
-            if note:
+            download = _Download(source, path, patience, progress)
+            received = download.run()
+            if note and download.expected:
                 _write_note(note, received)
     return present or path
 
@@ -185,13 +187,15 @@ def fetch(
 def note_checksum(path: str) -> None:
     """Let a file of `fetch` without a published checksum keep its content, once that is good.
 
-    What was downloaded is noted already; this is for files that were put there by hand.
+    What was downloaded with a checksum that its host stated is noted already; this is for other
+    downloads and for files that were put there by hand.
 
     Raises:
         DownloadError: if the note cannot be written.
     """
     note = f"{path}.sha256"
-    if _noted(note) is None:
+    # A shared folder that others fill; what is in it is theirs to check.
+    if os.access(os.path.dirname(path), os.W_OK) and _noted(note) is None:
         _write_note(note, _digest_of(path))
 
 
@@ -221,12 +225,9 @@ def _noted(note: str) -> str | None:
 
 def _write_note(note: str, sha256: str) -> None:
     """Keep the SHA-256 of a file, as `sha256sum` would write it, whole or not at all."""
-    folder, name = os.path.split(note.removesuffix(".sha256"))
-    # A shared folder that others fill; what is in it is theirs to check.
-    if not os.access(folder, os.W_OK):
-        return
-    # The process number keeps two writers apart.
-    partial = f"{note}.{os.getpid()}.part"
+    name = os.path.basename(note.removesuffix(".sha256"))
+    # A random name keeps writers apart, on any machine that shares the folder.
+    partial = f"{note}.{secrets.token_hex(8)}.part"
     with _disk(note):
         with open(partial, "w", encoding="ascii") as file:
             file.write(f"{sha256}  {name}\n")
@@ -435,7 +436,7 @@ class _Download:
         """Leave the verified file at its path and return its SHA-256, or raise."""
         for _ in range(2):  # wrong bytes get one more chance, from the start
             got = self._receive_all()
-            if got == (self._expected() or got):
+            if got == (self.expected or got):
                 with _disk(self._path):
                     os.replace(self._part, self._path)
                     _remove(self._mark)
@@ -444,12 +445,14 @@ class _Download:
                 _remove(self._part)
                 _remove(self._mark)
         raise DownloadError(
-            f"{self._source.shown}: wrong content, expected SHA-256 {self._expected()}, got {got}; "
+            f"{self._source.shown}: wrong content, expected SHA-256 {self.expected}, got {got}; "
             "nothing was kept, try again later or another mirror (ACTIONCLIP_MIRROR)"
             f"{self._source.or_forget}"
         )
 
-    def _expected(self) -> str | None:
+    @property
+    def expected(self) -> str | None:
+        """SHA-256 that the content must have, as far as anyone has told."""
         return self._source.sha256 or self._stated.sha256
 
     def _receive_all(self) -> str:
@@ -484,7 +487,7 @@ class _Download:
             with _disk(self._part):
                 start, digest = self._received(), _digest(self._part)
             # All there, but the process ended before it could rename.
-            if digest.hexdigest() == self._expected():
+            if digest.hexdigest() == self.expected:
                 return digest.hexdigest()
             headers = {"Range": f"bytes={start}-", "If-Range": mark}
         with self._open(headers) as response:
@@ -494,7 +497,7 @@ class _Download:
                 # The whole file, because it changed or the server cannot resume.
                 start, digest, total = 0, hashlib.sha256(), _content_length(response)
             self._check_announced(total)
-            if not self._expected():
+            if not self.expected:
                 self._check_unverified(response, total)
             with contextlib.ExitStack() as stack:
                 with _disk(self._part):
@@ -606,7 +609,7 @@ class _Download:
         # A weak mark (W/"...") may stay while the bytes change.
         if not re.fullmatch(r'"[ -~]{1,500}"', mark):
             # Two versions of one second would be mixed, which only a checksum tells.
-            mark = (self._expected() and response.headers.get("Last-Modified")) or ""
+            mark = (self.expected and response.headers.get("Last-Modified")) or ""
         with _disk(self._mark):
             _remove(self._mark)
             if re.fullmatch("[ -~]{1,600}", mark):

@@ -11,6 +11,7 @@ import torch
 
 from actionclip.errors import InputError
 from actionclip.models.base import VideoTextModel
+from actionclip.models.xclip import XCLIPConfig
 from actionclip.tokenizer import token_ids
 
 TOKEN_TABLE = "clip.token_embedding.weight"
@@ -80,6 +81,8 @@ def _check_configs(pretrained: VideoTextModel, finetuned: VideoTextModel) -> Non
         after = getattr(other.clip, name)
         if before != after:
             raise _difference(name, before, after)
+    if isinstance(one, XCLIPConfig) and isinstance(other, XCLIPConfig) and one.heads != other.heads:
+        raise _difference("heads", one.heads, other.heads)
 
 
 def _difference(name: str, before: object, after: object) -> InputError:

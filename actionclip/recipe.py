@@ -58,7 +58,7 @@ class Recipe:
             `learning_rate`.
         weight_decay: of AdamW.
         decay_biases: whether it is on all parameters, as in ActionCLIP's code; X-CLIP's leaves
-            out biases, other vectors and tables of positions.
+            out biases, other vectors and CLIP's and its own tables of positions.
         betas: of AdamW.
         warmup_epochs: over which the rates grow from 0, linearly; may be a fraction. None is a
             tenth of the epochs.
@@ -208,17 +208,18 @@ RECIPES: dict[str, Recipe] = {
     "actionclip": Recipe(augmentation=Augmentation(resolution=1)),
     # Fully supervised on Kinetics.
     "xclip": _XCLIP,
-    # X-CLIP's but for the model, all of which learns at one rate, its sentence and the length.
+    # X-CLIP's but for the model, all of which learns at one rate and decays, its sentence and the
+    # length. ViFi-CLIP's code does not train the table of tokens; here it is part of the text.
     "vifi": replace(
         _XCLIP,
         temporal="meanp",
         num_frames=32,
         epochs=10,
         head_ratio=1.0,
+        decay_biases=True,
         lock_text=None,
         lock_scale=False,
         templates=("a photo of a {}.",),
-        raw_labels=False,
     ),
 }
 

@@ -47,6 +47,7 @@ from actionclip.recipe import Recipe, build_optimizer, prepare, rate_at, set_tra
 from actionclip.runs import RunFolder
 from actionclip.tokenizer import words
 from actionclip.transforms import normalize
+from actionclip.weights import digest
 
 Record = dict[str, Any]
 
@@ -225,6 +226,7 @@ class Trainer:
         model.eval()
         # Before the weights change, and before those of a resumed run are read.
         self.teacher = Teacher(model) if recipe.distillation else None
+        self.teacher_digest = digest(model) if recipe.distillation else None
         self.groups = prepare(model, recipe)
         locked = {name for name, p in model.named_parameters() if not p.requires_grad}
         self._note_words()
@@ -271,6 +273,7 @@ class Trainer:
             "model": json.loads(config_to_json(self.model.config)),
             "recipe": recipe,
             "data": {part: videos.digest for part, videos in data.items() if videos},
+            "start": self.teacher_digest,
         }
 
     def resume(self) -> None:

@@ -39,7 +39,7 @@ from actionclip.models.base import VideoTextConfig, VideoTextModel
 from actionclip.models.clip import CLIP, cast_encoders, image_encoder, initial_time_embedding
 from actionclip.models.layers import Activation
 from actionclip.models.temporal import TemporalTransformer, interpolate_positions
-from actionclip.models.xclip import XCLIP, XCLIPConfig, is_added
+from actionclip.models.xclip import XCLIP, CrossFrameVisionTransformer, XCLIPConfig, is_added
 from actionclip.published import MODELS, PACKAGED
 from actionclip.tensor_files import read_file, write_atomically, write_safetensors
 from actionclip.tokenizer import token_ids
@@ -350,9 +350,12 @@ def _configure(
         clip = infer_clip_config(checkpoint, told or activation or "quick_gelu")
     except WeightsError as error:
         raise WeightsError(f"{name}: {error}") from error
-    if temporal == "xclip":
-        return XCLIPConfig(clip, **checkpoint.settings)
-    return ActionCLIPConfig(clip, **checkpoint.settings)
+    try:
+        if temporal == "xclip":
+            return XCLIPConfig(clip, **checkpoint.settings)
+        return ActionCLIPConfig(clip, **checkpoint.settings)
+    except ValueError as error:
+        raise WeightsError(f"{name}: {error}") from error
 
 
 def _with_time(
@@ -377,6 +380,8 @@ def _with_faults(
 ) -> VideoTextConfig:
     """Let the model have the faults of other code that the caller wants."""
     if isinstance(config, XCLIPConfig):
+        if official_conv1d:
+            raise InputError(f"official_conv1d is for a conv1d head, and {name} is an X-CLIP")
         return replace(config, heads=HUGGING_FACE_HEADS) if hugging_face_heads else config
     if hugging_face_heads:
         raise InputError(f"hugging_face_heads is for an X-CLIP, and {name} is none; leave it out")
@@ -396,7 +401,9 @@ def _build(config: VideoTextConfig, name: str) -> VideoTextModel:
 
 def _redraw_image_encoder(checkpoint: Checkpoint, config: VideoTextConfig) -> None:
     """Replace the file's image encoder by the published initialisation."""
-    initial = {f"visual.{k}": v for k, v in image_encoder(config.clip).state_dict().items()}
+    is_xclip = checkpoint.temporal == "xclip"
+    encoder = CrossFrameVisionTransformer(config.clip) if is_xclip else image_encoder(config.clip)
+    initial = {f"visual.{key}": value for key, value in encoder.state_dict().items()}
     checkpoint.clip |= initial
     checkpoint.untrained = (*checkpoint.untrained, *(f"clip.{key}" for key in initial))
 

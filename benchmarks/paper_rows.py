@@ -845,11 +845,12 @@ TABLES["xclip-training"] = Table(
             )
             for shots, reported in FEW_SHOT[name]
         ),
-        *_trained_zero_shot("ViFi-CLIP, zero-shot", ("51.3", "76.8", "71.2"), VIFI),
+        *_trained_zero_shot("ViFi-CLIP, zero-shot", ("51.3", "76.8", "71.2"), VIFI, HMDB_SPACED),
         *_trained_zero_shot(
             "ViFi-CLIP and CLIP, zero-shot",
             ("52.2", "81.0", "73.9"),
             VIFI,
+            HMDB_SPACED,
             options=" --interpolate ViT-B/16",
         ),
     ),

@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -428,6 +429,13 @@ def get_unpinned(url: str, folder: Path, **changes: object) -> str:
     return get(url, folder, **{"sha256": None, "size": None, **changes})
 
 
+def get_and_note(url: str, folder: Path) -> str:
+    """Do as `load` does with a file that turned out to be good."""
+    path = get_unpinned(url, folder)
+    download.note_checksum(path)
+    return path
+
+
 def stated(body: bytes = BODY) -> dict[str, str]:
     """Return what the Hugging Face hub says of a large file."""
     digest = hashlib.sha256(body).hexdigest()
@@ -506,6 +514,8 @@ def test_without_a_statement_the_first_content_counts(
 ) -> None:
     server.answers = [serve(headers=headers), serve(OTHER)]
     assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert files(tmp_path) == [NAME]  # it may still turn out to be no weights
+    get_and_note(server.url, tmp_path)
     assert (tmp_path / NOTE).read_text() == note()
     get_unpinned(server.url, tmp_path)
     assert len(server.requests) == 1
@@ -527,7 +537,7 @@ def test_unpinned_download_is_resumed(server: Server, tmp_path: Path, first: lis
     server.answers = [*first, serve(cut=1000), *first, serve()]
     assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
     assert server.requests[-1][1]["Range"] == "bytes=1000-"
-    assert files(tmp_path) == [NAME, NOTE]
+    assert files(tmp_path) == ([NAME, NOTE] if first else [NAME])
 
 
 @pytest.mark.parametrize("first", [[], [hub()]], ids=["nothing", "stated"])
@@ -536,7 +546,7 @@ def test_unpinned_part_of_an_older_version_starts_again(
 ) -> None:
     older = [hub(OTHER)] if first else []
     server.answers = [*older, serve(OTHER, cut=1000, etag='"old"'), *first, serve()]
-    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
+    assert Path(get_and_note(server.url, tmp_path)).read_bytes() == BODY
     assert (tmp_path / NOTE).read_text() == note()
 
 
@@ -563,11 +573,11 @@ def test_complete_part_without_a_checksum_starts_again(server: Server, tmp_path:
     (tmp_path / f"{NAME}.part").write_bytes(BODY)
     (tmp_path / f"{NAME}.part.etag").write_text('"one"')
     assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
-    assert files(tmp_path) == [NAME, NOTE]
+    assert files(tmp_path) == [NAME]
 
 
 def test_noted_file_that_was_damaged_is_fetched_again(server: Server, tmp_path: Path) -> None:
-    get_unpinned(server.url, tmp_path)
+    get_and_note(server.url, tmp_path)
     (tmp_path / NAME).write_bytes(BODY[:-1] + b"?")
     assert Path(get_unpinned(server.url, tmp_path, verify=False)).read_bytes() != BODY
     assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
@@ -575,7 +585,7 @@ def test_noted_file_that_was_damaged_is_fetched_again(server: Server, tmp_path: 
 
 
 def test_another_version_needs_the_note_removed(server: Server, tmp_path: Path) -> None:
-    get_unpinned(server.url, tmp_path)
+    get_and_note(server.url, tmp_path)
     (tmp_path / NAME).unlink()
     server.answers = [serve(OTHER, headers=stated(OTHER))]
     remedy = re.escape(f"or remove {tmp_path / NOTE} to accept another version")
@@ -871,7 +881,16 @@ def test_many_processes_make_one_request(
     assert results == [(f"{tmp_path / NAME}\n", "")] * number
     assert len(server.requests) == 1
     assert (tmp_path / NAME).read_bytes() == BODY
-    assert files(tmp_path) == ([NAME] if sha256 else [NAME, NOTE])
+    assert files(tmp_path) == [NAME]
+
+
+def test_many_writers_of_a_note(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i}.bin").write_bytes(BODY)
+    paths = [str(tmp_path / f"{i}.bin") for i in range(20) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(download.note_checksum, paths))
+    assert len(list(tmp_path.iterdir())) == 40
 
 
 def test_killed_process_leaves_something_to_resume(server: Server, tmp_path: Path) -> None:

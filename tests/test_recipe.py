@@ -231,20 +231,20 @@ def test_values_of_the_published_recipes() -> None:
         "batch_size": 256,
         "learning_rate": 8e-6,
         "weight_decay": 0.001,
-        "decay_biases": False,
         "warmup_epochs": 5,
         "schedule": "whole-cosine",
         "lowest_ratio": 0.01,
         "augmentation": augmentation,
+        "raw_labels": True,
     }
     assert values("xclip") == common | {
+        "decay_biases": False,
         "temporal": "xclip",
         "num_frames": 8,
         "epochs": 30,
         "lock_text": 0,
         "lock_scale": True,
         "templates": ("{}",),
-        "raw_labels": True,
     }
     assert values("vifi") == common | {
         "temporal": "meanp",

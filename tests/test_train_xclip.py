@@ -347,6 +347,10 @@ def test_stopped_and_resumed(lock_text: int | None, data: Path, tmp_path: Path) 
     resumed = start_run(data, tmp_path / "cut", recipe)
     assert first + finish(resumed) == records
     assert digest(resumed.model) == digest(whole.model)
+    other = start_run(data, tmp_path / "cut", recipe)
+    other.teacher_digest = "that of other weights to start from"
+    with pytest.raises(InputError, match=r"start was .*, is that of other weights to start"):
+        other.resume()
 
 
 PLAIN = replace(

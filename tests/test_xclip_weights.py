@@ -351,6 +351,39 @@ def test_another_models_file_under_the_name_is_refused(
     assert sorted(path.name for path in by_hand.parent.iterdir()) == [by_hand.name]
 
 
+def test_an_image_encoder_from_scratch_has_new_messages(tmp_path: Path) -> None:
+    torch.save({"model": official_state("small")}, tmp_path / "x.pth")
+    model = actionclip.load(tmp_path / "x.pth", pretrained="text")
+    visual = {key for key in model.state_dict() if key.startswith("clip.visual.")}
+    assert set(model.untrained) == visual
+    key = "visual.transformer.resblocks.0.message_fc.weight"
+    assert not torch.equal(model.state_dict()[f"clip.{key}"], official_state("small")[key])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sampling", "random"), ("interpolation", "area"), ("heads", 0), ("prompt_layers", "2")],
+)
+def test_stored_settings_that_cannot_be_are_refused(
+    field: str, value: object, tmp_path: Path
+) -> None:
+    model = actionclip.load("tiny", temporal="xclip", new_head=True)
+    object.__setattr__(model.config, field, value)
+    actionclip.save(model, tmp_path / "x.pt")
+    with pytest.raises(WeightsError, match=rf"not ours: {field} is {value!r}"):
+        actionclip.load(tmp_path / "x.pt")
+
+
+def test_heads_decide_what_weights_mean(tmp_path: Path) -> None:
+    torch.save({"model": official_state("small")}, tmp_path / "x.pth")
+    one = actionclip.load(tmp_path / "x.pth")
+    other = actionclip.load(tmp_path / "x.pth", hugging_face_heads=True)
+    with pytest.raises(InputError, match="heads is None in the pretrained model and 8 in"):
+        actionclip.interpolate(one, other, 0.5)
+    with pytest.raises(InputError, match=r"official_conv1d is for a conv1d head, .* is an X-CLIP"):
+        actionclip.load(tmp_path / "x.pth", official_conv1d=True)
+
+
 def test_frames_that_would_fill_the_memory_are_refused() -> None:
     with pytest.raises(InputError, match=r"num_frames is 5000000; use 1 to 10000"):
         actionclip.load("tiny", num_frames=5_000_000)

@@ -7,6 +7,7 @@ video changes the text, is up to the models derived from this one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,12 @@ class VideoTextConfig:
     raw_labels: bool = False
     vocabulary: tuple[str, ...] | None = None
     class_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("interpolation", Interpolation), ("sampling", Sampling)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose from {choices}")
 
     @property
     def temporal(self) -> str:

@@ -57,6 +57,13 @@ class XCLIPConfig(VideoTextConfig):
     prompt_layers: int = 2
     heads: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("integration_layers", "prompt_layers", "heads"):
+            number = getattr(self, name)
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name} is {number!r}; an X-CLIP has at least one")
+
     @property
     def temporal(self) -> str:
         return "xclip"
