@@ -21,7 +21,6 @@ from actionclip.models.clip import CLIPConfig
 from actionclip.models.layers import Activation
 from actionclip.models.xclip import XCLIPConfig, is_added
 from actionclip.tokenizer import token_ids
-from actionclip.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 State = dict[str, Tensor]
 
@@ -52,10 +51,8 @@ PILLOW_BICUBIC = 3
 
 # What X-CLIP's code does with frames, and ViFi-CLIP's, which is built on it.
 XCLIP_PIXELS = {
-    "pixel_mean": IMAGENET_MEAN,
-    "pixel_std": IMAGENET_STD,
-    "interpolation": "bilinear",
-    "sampling": "xclip",
+    name: getattr(XCLIPConfig, name)
+    for name in ("pixel_mean", "pixel_std", "interpolation", "sampling")
 }
 
 # Attention heads are 64 channels wide, but for the largest open_clip image encoders

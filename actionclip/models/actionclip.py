@@ -109,17 +109,9 @@ class ActionCLIP(VideoTextModel):
         with torch.autocast(videos.device.type, enabled=False):
             return self.temporal(frame_embeddings)
 
-    def compare(
-        self,
-        features: tuple[Tensor, ...],
-        text_embeddings: Tensor,
-        scale: float | Tensor | None = None,
-    ) -> Tensor:
-        self._check_features(features)
+    def _cosines(self, features: tuple[Tensor, ...], text_embeddings: Tensor) -> Tensor:
         (video_embeddings,) = features
-        if scale is None:
-            scale = self.clip.logit_scale.exp()
-        return cosine_logits(video_embeddings, text_embeddings, scale)
+        return cosine_logits(video_embeddings, text_embeddings, 1.0)
 
 
 def build_head(config: ActionCLIPConfig) -> nn.Module:

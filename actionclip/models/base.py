@@ -195,7 +195,14 @@ class VideoTextModel(nn.Module):
         Raises:
             TypeError: if the features are not such a tuple.
         """
-        raise NotImplementedError
+        if not isinstance(features, tuple):
+            raise TypeError(
+                f"features are a {type(features).__name__}; pass the tuple that video_features "
+                "returns, not what encode_video does"
+            )
+        if scale is None:
+            scale = self.clip.logit_scale.exp()
+        return scale * self._cosines(features, text_embeddings)
 
     def forward(self, videos: Tensor, tokens: Tensor) -> Tensor:
         """Compare every video with every text.
@@ -209,12 +216,9 @@ class VideoTextModel(nn.Module):
         """
         return self.compare(self.video_features(videos), self.encode_text(tokens))
 
-    def _check_features(self, features: object) -> None:
-        if not isinstance(features, tuple):
-            raise TypeError(
-                f"features are a {type(features).__name__}; pass the tuple that video_features "
-                "returns, not what encode_video does"
-            )
+    def _cosines(self, features: tuple[Tensor, ...], text_embeddings: Tensor) -> Tensor:
+        """Return the cosines (B, P), in fp32, of what `compare` takes."""
+        raise NotImplementedError
 
     def _check_shape(self, videos: Tensor) -> None:
         side = self.input_resolution

@@ -291,31 +291,15 @@ class XCLIP(VideoTextModel):
             texts = text_embeddings.to(self._head_dtype)
             return texts + self.prompts_generator(texts, patches)
 
-    def compare(
-        self,
-        features: tuple[Tensor, ...],
-        text_embeddings: Tensor,
-        scale: float | Tensor | None = None,
-    ) -> Tensor:
-        """Compare every video with every text, after the video has prompted it.
+    def _cosines(self, features: tuple[Tensor, ...], text_embeddings: Tensor) -> Tensor:
+        """Compare after the videos have prompted the texts.
 
         However many texts there are, `PROMPTED_AT_A_TIME` prompted ones are held at most, also
         for a backward pass, which prompts them again.
-
-        Args:
-            features: of B videos, from `video_features`.
-            text_embeddings: (P, D) from `encode_text`.
-            scale: multiplier of the cosines; None is exp(logit_scale).
-
-        Returns:
-            (B, P) logits in fp32: cosine similarity times the scale.
         """
-        self._check_features(features)
         videos, patches = features
-        if scale is None:
-            scale = self.clip.logit_scale.exp()
         if len(videos) * len(text_embeddings) <= PROMPTED_AT_A_TIME:
-            return scale * self._cosines(videos, patches, text_embeddings)
+            return self._cosines_at_once(videos, patches, text_embeddings)
         # Few videos rather than few texts: for every part of these all patches are projected.
         videos_at_a_time = max(1, PROMPTED_AT_A_TIME // len(text_embeddings))
         rows = []
@@ -324,15 +308,15 @@ class XCLIP(VideoTextModel):
         ):
             parts = [(*some, texts) for texts in text_embeddings.split(PROMPTED_AT_A_TIME)]
             rows.append(torch.cat([self._forgetful_cosines(*part) for part in parts], dim=1))
-        return scale * torch.cat(rows)
+        return torch.cat(rows)
 
     def _forgetful_cosines(self, *part: Tensor) -> Tensor:
         """Keep nothing for a backward pass but what goes in."""
         if torch.is_grad_enabled():
-            return checkpoint(self._cosines, *part, use_reentrant=False)
-        return self._cosines(*part)
+            return checkpoint(self._cosines_at_once, *part, use_reentrant=False)
+        return self._cosines_at_once(*part)
 
-    def _cosines(self, videos: Tensor, patches: Tensor, text_embeddings: Tensor) -> Tensor:
+    def _cosines_at_once(self, videos: Tensor, patches: Tensor, text_embeddings: Tensor) -> Tensor:
         texts = normalize(self.prompt_text(text_embeddings, patches))
         with torch.autocast(videos.device.type, enabled=False):
             return (texts @ normalize(videos)[:, :, None])[:, :, 0]
