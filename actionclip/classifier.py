@@ -18,18 +18,18 @@ from torch import Tensor
 
 from actionclip.ahead import map_ahead
 from actionclip.errors import InputError, VideoError
+from actionclip.inference import pack
 from actionclip.models.base import VideoTextModel
+from actionclip.prompt_encoding import encode_prompts
 from actionclip.prompts import TEMPLATES, check_class_names, class_prompts, comparison_key
 from actionclip.sampling import view_indices
 from actionclip.similarity import fuse_logits
-from actionclip.tokenizer import tokenize, words
+from actionclip.text_cache import cached_embeddings
+from actionclip.tokenizer import words
 from actionclip.transforms import normalize, views
 from actionclip.video import DecodedVideo, Limits, Span, decode
 
 Video = str | os.PathLike[str] | Span
-
-# Tokens of one text batch: enough to fill the matrix units, small enough to stay in cache.
-TOKENS_PER_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class VideoClassifier:
         workers: threads that decode videos ahead of the model; 0 decodes in turn.
         limits: what a video file may cost; None is the default `Limits()`.
         strict: whether a damaged video is an error instead of being scored by what is left.
+        text_cache: keep the text embeddings of many labels on disk, beside downloaded files,
+            for the next classifier with the same weights and sentences.
+        compile: compile the image encoder, see `inference.pack` for what that costs.
 
     Raises:
         InputError: if the labels are empty, blank, double, too long or unknown to a linear
@@ -122,6 +125,8 @@ class VideoClassifier:
         workers: int = 2,
         limits: Limits | None = None,
         strict: bool = False,
+        text_cache: bool = True,
+        compile: bool = False,
     ) -> None:
         for name, value, least in (
             ("num_clips", num_clips, 1),
@@ -151,6 +156,7 @@ class VideoClassifier:
                 )
             templates = TEMPLATES[templates]
         self.model = model.eval()
+        self._packed = pack(model, compile=compile)
         self.labels = tuple(check_class_names(labels))
         self.templates = tuple(templates)
         self.raw_labels = model.config.raw_labels if raw_labels is None else raw_labels
@@ -165,7 +171,8 @@ class VideoClassifier:
         if model.linear is None:
             prompts = class_prompts(templates, self.labels, raw_labels=self.raw_labels)
             self._warn_of_unknown_words(prompts)
-            self.text_embeddings = encode_prompts(model, prompts).unflatten(0, (len(templates), -1))
+            encode = cached_embeddings if text_cache else encode_prompts
+            self.text_embeddings = encode(model, prompts).unflatten(0, (len(templates), -1))
         else:
             self._positions = self._classifier_positions()
         # A linear classifier does without the text encoder.
@@ -271,7 +278,9 @@ class VideoClassifier:
     def _classify(self, videos: Iterable[Video | Tensor]) -> Iterator["_Outcome"]:
         """Decode ahead, gather views into batches, score, and keep the order."""
         pending: list[_Outcome] = []
-        for outcome in map_ahead(self._prepare, videos, self.workers, "decode"):
+        # The views of the next batch are cut while the model is busy with this one.
+        batch = math.ceil(self.batch_size / (self.num_clips * self.num_crops))
+        for outcome in map_ahead(self._prepare, videos, self.workers, "decode", batch=batch):
             pending.append(outcome)
             ready = sum(len(o.views) for o in pending if o.views is not None)
             if ready == 0 or ready >= self.batch_size:
@@ -341,12 +350,12 @@ class VideoClassifier:
     def _logits(self, pixels: Tensor) -> Tensor:
         """Compare views (N, T, 3, R, R) uint8 with P templates of K labels: (N, P, K)."""
         mean, std = self.preprocessing.mean, self.preprocessing.std
-        videos = normalize(pixels.to(self.model.device), mean, std)
+        features = self._packed.video_features(normalize(pixels.to(self.model.device), mean, std))
         if self.model.linear is not None:
-            logits = self.model.linear(self.model.encode_video(videos).float())
+            logits = self.model.linear(features[0].float())
             return logits[:, None, self._positions]
-        features, texts = self.model.video_features(videos), self.text_embeddings
-        logits = self.model.compare(features, texts.flatten(0, 1), self.scale)
+        texts = self.text_embeddings
+        logits = self._packed.compare(features, texts.flatten(0, 1), self.scale)
         return logits.unflatten(1, texts.shape[:2])
 
 
@@ -361,35 +370,3 @@ class _Outcome:
     error: VideoError | None = None
     scores: Tensor | None = None
     logits: Tensor | None = None
-
-
-@torch.inference_mode()
-def encode_prompts(model: VideoTextModel, prompts: Sequence[str]) -> Tensor:
-    """Encode prompts, each distinct one once, in batches of similar length.
-
-    Args:
-        model: its text encoder is used.
-        prompts: P sentences.
-
-    Returns:
-        (P, D) on the model's device, not L2-normalised, in the order given.
-
-    Raises:
-        InputError: if a prompt has more tokens than the model takes; it is named.
-    """
-    distinct = list(dict.fromkeys(prompts))
-    tokens = tokenize(distinct, context_length=model.config.clip.context_length)
-    lengths = tokens.argmax(dim=1) + 1
-    order = lengths.argsort(stable=True)
-    encoded: list[Tensor] = []
-    start = 0
-    while start < len(order):
-        stop = start + 1
-        while stop < len(order) and int(lengths[order[stop]]) * (stop + 1 - start) <= (
-            TOKENS_PER_BATCH
-        ):
-            stop += 1
-        encoded.append(model.encode_text(tokens[order[start:stop]].to(model.device)))
-        start = stop
-    rows = {distinct[i]: row for i, row in zip(order, torch.cat(encoded), strict=True)}
-    return torch.stack([rows[prompt] for prompt in prompts])

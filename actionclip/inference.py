@@ -8,7 +8,6 @@ convolution; on a CPU weights are laid out for its matrix instructions once. It 
 """
 
 import copy
-import math
 from collections.abc import Callable, Iterable
 from typing import cast
 
@@ -54,7 +53,8 @@ def pack(model: VideoTextModel, *, compile: bool = False) -> VideoTextModel:
             for block in _blocks(visual.transformer):
                 block.add_module("mlp", PackedMLP(block.mlp))
         else:
-            visual.add_module("transformer", PackedTransformer(visual.transformer))
+            transformer = PackedTransformer(visual.transformer, model.num_frames)
+            visual.add_module("transformer", transformer)
     if compile:
         packed.video_features = _compiled(packed)  # type: ignore[method-assign, assignment]
     return packed.eval()
@@ -91,16 +91,19 @@ class PatchProjection(nn.Module):
 class PackedTransformer(nn.Module):
     """Run the blocks of a transformer for its first token, the only one that comes out."""
 
-    def __init__(self, transformer: Transformer) -> None:
+    def __init__(self, transformer: Transformer, num_frames: int) -> None:
         super().__init__()
+        self.num_frames = num_frames
         self.resblocks = nn.ModuleList(PackedBlock(block) for block in _blocks(transformer))
 
     def forward(self, x: Tensor, before_block: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Turn (N, L, C), which is overwritten, into the first tokens (N, 1, C)."""
         if before_block is not None or x.device.type != "cpu":
             return self._run(x, before_block)
-        parts = math.ceil(4 * x.numel() * x.element_size() / LARGEST_BYTES)
-        return torch.cat([self._run(part) for part in x.chunk(parts)])
+        # One video after the other, so that the weights are laid out for one number of rows.
+        bytes_per_image = 4 * x[0].numel() * x.element_size()
+        at_a_time = max(1, min(self.num_frames, LARGEST_BYTES // bytes_per_image))
+        return torch.cat([self._run(some) for some in x.split(at_a_time)])
 
     def _run(self, x: Tensor, before_block: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         for i, block in enumerate(self.resblocks, 1):

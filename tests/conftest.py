@@ -1,4 +1,4 @@
-"""Small videos, rendered once per test run."""
+"""Small videos, rendered once per test run, and a cache of its own."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from video_files import write_video
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what tests leave in the package's cache out of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACTIONCLIP_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture

@@ -152,18 +152,23 @@ def test_batches_of_changing_size(kind: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_large_batches_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+# 12 images, 4 in a video, of 17 tokens with 64 channels, 4 times as many in the MLP, 4 bytes.
+@pytest.mark.parametrize(
+    ("largest", "parts"), [(10**6, [4, 4, 4]), (60_000, [3, 3, 3, 3]), (0, [1] * 12)]
+)
+def test_images_are_taken_a_video_at_a_time(
+    largest: int, parts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small("meanp")
     whole = pack(model).encode_image(videos().flatten(0, 1))
-    monkeypatch.setattr(inference, "LARGEST_BYTES", 100_000)
+    monkeypatch.setattr(inference, "LARGEST_BYTES", largest)
     seen = []
     packed = pack(model)
     packed.clip.visual.transformer.resblocks[0].register_forward_pre_hook(
         lambda _, args: seen.append(len(args[0]))
     )
     torch.testing.assert_close(packed.encode_image(videos().flatten(0, 1)), whole)
-    # 12 images of 17 tokens, 64 channels, 4 times as many in the MLP, 4 bytes.
-    assert seen == [4, 4, 4]
+    assert seen == parts
 
 
 def test_inputs_are_not_overwritten() -> None:

@@ -35,7 +35,8 @@ LEVELS = [
     ["augment", "labels", "losses", "mixing", "models.clip", "models.temporal"],
     ["annotations", "models.base"],
     ["models.actionclip", "models.xclip"],
-    ["conversion", "distillation", "published", "recipe"],
+    ["conversion", "distillation", "inference", "prompt_encoding", "published", "recipe"],
+    ["text_cache"],
     ["classifier", "dataset", "ensembling", "weights"],
     ["evaluate", "runs"],
     ["train"],
@@ -95,7 +96,7 @@ def test_only_commands_print(module: str) -> None:
     [m for m in MODULES if m.startswith("models.")]
     + ["sampling", "similarity", "transforms", "prompts", "conversion"]
     + ["augment", "randaugment", "mixing", "losses", "fused_loss", "metrics"]
-    + ["recipe", "distillation"],
+    + ["recipe", "distillation", "inference", "prompt_encoding"],
 )
 def test_modules_that_compute_touch_nothing_else(module: str) -> None:
     names = calls(module)
