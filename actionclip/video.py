@@ -6,18 +6,22 @@ the caller's choice (`sampling`), and so is what happens to a frame (`transform`
 
 The definition of "frame i" is `_decode_all`: open, decode every packet, count what comes
 out. `_decode_planned` is its fast twin: it seeks to the key frames that the wanted frames
-need and lets the decoder skip frames that no other frame refers to. It checks what it
-meets and hands over to `_decode_all` at the first surprise, so both give equal frames.
+need (`packet_index`) and lets the decoder skip frames that no other frame refers to. It
+checks what it meets and hands over to `_decode_all` at the first surprise, so both give
+equal frames.
 """
 
 import math
 import os
 import re
 import stat
+import threading
 import time
 from array import array
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from operator import index as as_int
 from typing import Any, BinaryIO, TypeVar
 
@@ -37,6 +41,7 @@ from av.video.stream import VideoStream
 from torch import Tensor
 
 from actionclip.errors import InputError, VideoError
+from actionclip.packet_index import PacketIndex, Stretch, SurpriseError, is_spare, make_plan
 
 # fmt: off
 VIDEO_EXTENSIONS = frozenset({
@@ -58,7 +63,7 @@ _OPEN_TIMEOUT_SECONDS = (10, 10)
 
 # Where pts are explicit, one packet is one frame and seeking lands on the key frame asked
 # for. AVI invents pts, MPEG-TS seeks by guessing, a VP8 packet may hold a hidden frame.
-_PLANNED_CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
+_PLANNED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _PLANNED_CODECS = frozenset({"h264", "hevc", "vp9", "av1"})
 
 # These store no times, only a rate; the pts that libav makes up for them may even run backwards.
@@ -193,6 +198,7 @@ def read_frames(
     transform: FrameTransform | None = None,
     limits: Limits = Limits(),
     strict: bool = False,
+    threads: int = 1,
 ) -> Tensor:
     """Return the frames at given positions of a video.
 
@@ -204,6 +210,7 @@ def read_frames(
         transform: see `decode`.
         limits: see `decode`.
         strict: see `decode`.
+        threads: see `decode`.
 
     Returns:
         (T, 3, H, W) uint8 RGB in the order of `indices`, or (T, ...) of transformed frames.
@@ -220,6 +227,7 @@ def read_frames(
         transform=transform,
         limits=limits,
         strict=strict,
+        threads=threads,
     ).frames
 
 
@@ -232,6 +240,7 @@ def decode(
     transform: FrameTransform | None = None,
     limits: Limits = Limits(),
     strict: bool = False,
+    threads: int = 1,
 ) -> DecodedVideo:
     """Decode the frames that `choose` picks once the number of frames is known.
 
@@ -255,22 +264,26 @@ def decode(
             chosen one are rescaled to that size, as ffmpeg does.
         limits: what the file may cost.
         strict: whether damage is an error rather than a note in the result.
+        threads: how many cores to keep busy. One is best where several files are decoded at
+            a time. With more, `transform` may be called in other threads, one at a time.
 
     Returns:
         The frames in the order of the positions, and what was lost.
 
     Raises:
-        InputError: if `choose` picks nothing or a position that does not exist, or the span
-            is empty.
+        InputError: if `choose` picks nothing or a position that does not exist, the span is
+            empty or `threads` is below 1.
         VideoError: if the video cannot be used. Its `reason` is `missing`, `not-a-file`,
             `permission`, `empty`, `unreadable`, `not-a-video`, `no-video-stream`,
             `unsupported-codec`, `no-frames` (or none in the span), `no-times` (for a span),
             `too-large`, `too-long`, `timeout`, `not-an-image` (in a folder) or `damaged`:
             nothing could be decoded or, with `strict`, not all.
     """
+    if threads < 1:
+        raise InputError(f"threads is {threads} for {os.fspath(path)!s}; use 1 or more")
     span = Span(os.fspath(path), start_seconds, end_seconds)
     deadline = time.monotonic() + limits.max_seconds
-    source = _Source(os.fspath(path), span, transform, limits, deadline)
+    source = _Source(os.fspath(path), span, transform, limits, deadline, threads)
     if os.path.isdir(path):
         video = _decode_folder(source, choose)
     else:
@@ -288,10 +301,6 @@ def decode(
     return video
 
 
-class _SurpriseError(Exception):
-    """The plan does not fit what the decoder gives."""
-
-
 @dataclass(frozen=True)
 class _Source:
     """What every step of one call needs to know."""
@@ -301,6 +310,7 @@ class _Source:
     transform: FrameTransform | None
     limits: Limits
     deadline: float
+    threads: int = 1
 
     def check_time(self) -> None:
         if time.monotonic() > self.deadline:
@@ -347,8 +357,9 @@ class _ChosenFrames:
         self.source = source
         self.positions = [as_int(position) for position in positions]
         self.wanted = frozenset(self.positions)
-        self.frames: dict[int, Tensor] = {}
         self.size: tuple[int, int] | None = None
+        self._frames: dict[int, Any] = {}
+        self._lock = threading.Lock()
 
     def check(self, num_frames: int) -> None:
         """Refuse positions that the video does not have."""
@@ -361,37 +372,53 @@ class _ChosenFrames:
                     f"{num_frames} frames, 0 to {num_frames - 1}"
                 )
 
-    def offer(self, position: int, frame: VideoFrame) -> None:
-        """Keep the frame if its position is wanted."""
-        self.source.check_size(frame.width, frame.height)
+    def offer(self, position: int, frame: VideoFrame, reformatter: VideoReformatter) -> None:
+        """Keep the frame if its position is wanted; several threads may offer at once."""
+        size = frame.width, frame.height
+        self.source.check_size(*size)
         if position not in self.wanted:
             return
-        if self.source.transform is not None:
-            self.frames[position] = self.source.transform(_to_rgb(frame, None))
-            return
         # Rescaling comes before rotation: the size to keep is that of the coded picture.
-        self.size = self.size or (frame.width, frame.height)
-        self.frames[position] = _to_rgb(frame, self.size)
+        with self._lock:
+            self.size = self.size or size
+        transform = self.source.transform
+        if transform is None:
+            self._frames[position] = _to_rgb(frame, self.size, reformatter)
+            return
+        image = np.ascontiguousarray(_to_rgb(frame, size, reformatter))
+        with self._lock:
+            self._frames[position] = transform(torch.from_numpy(image).permute(2, 0, 1))
+
+    def are_complete(self) -> bool:
+        return len(self._frames) == len(self.wanted)
 
     def stack(self) -> Tensor:
         """Return the frames in the order chosen."""
-        frames = [self.frames[position] for position in self.positions]
+        frames = [self._frames[position] for position in self.positions]
         if self.source.transform is not None:
             return torch.stack(frames)
         # In the order they lie in memory, several times faster; by NumPy, because waking
         # PyTorch's threads for a copy costs more than the copy where cores are busy.
-        pixels = np.stack([frame.permute(1, 2, 0).numpy() for frame in frames])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-def _to_rgb(frame: VideoFrame, size: tuple[int, int] | None) -> Tensor:
-    """Return a frame as (3, H, W) uint8 RGB, rotated, with the channels innermost in memory."""
-    width, height = size or (frame.width, frame.height)
-    pixels: np.ndarray = frame.to_ndarray(format="rgb24", width=width, height=height, **_ONE_THREAD)
-    image = torch.from_numpy(pixels)
-    if frame.rotation:  # in degrees counter-clockwise, as for rot90
-        image = torch.rot90(image, round(frame.rotation / 90), (0, 1)).contiguous()
-    return image.permute(2, 0, 1)
+def _to_rgb(frame: VideoFrame, size: tuple[int, int], reformatter: VideoReformatter) -> np.ndarray:
+    """Return a frame as (H, W, 3) uint8 RGB, rotated."""
+    width, height = size
+    # One reformatter for all frames: to prepare it takes as long as to convert a small frame.
+    frame_rgb = reformatter.reformat(frame, width, height, "rgb24", **_ONE_THREAD)
+    plane = frame_rgb.planes[0]
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[
+        :height, : 3 * width
+    ]
+    image = rows.reshape(height, width, 3)
+    if not frame.rotation:
+        return image
+    turned = np.rot90(image, round(frame.rotation / 90))  # degrees counter-clockwise, as here
+    pixels = np.empty(turned.shape, np.uint8)
+    for channel in range(3):  # in one step NumPy takes three times as long
+        pixels[..., channel] = turned[..., channel]
+    return pixels
 
 
 # Opening
@@ -417,9 +444,27 @@ def _os_error(path: str, error: OSError | ValueError) -> VideoError:
     return VideoError(path, "unreadable", f"the system cannot read it: {error.strerror}")
 
 
-def _open(source: _Source, path: str, image_format: str | None = None) -> InputContainer:
-    """Open one file so that libav reads that file and nothing else."""
-    options = {"protocol_whitelist": "file", "format_whitelist": image_format or _CONTAINERS}
+def _open(
+    source: _Source,
+    path: str,
+    image_format: str | None = None,
+    *,
+    demuxers: str = _CONTAINERS,
+    is_probed: bool = True,
+) -> InputContainer:
+    """Open one file so that libav reads that file and nothing else.
+
+    Args:
+        source: what to read.
+        path: the file.
+        image_format: the format of an image.
+        demuxers: the formats that a video may have.
+        is_probed: whether frames are decoded to find what the header does not say, which
+            takes as long as decoding several of them.
+    """
+    options = {"protocol_whitelist": "file", "format_whitelist": image_format or demuxers}
+    if not is_probed:  # no decoder is allowed; the one that we open later is
+        options["codec_whitelist"] = "none"
     try:
         return av.open(
             "file:" + os.path.abspath(path),
@@ -468,6 +513,7 @@ class _OpenVideo:
     source: _Source
     container: InputContainer
     stream: VideoStream
+    reformatter: VideoReformatter = field(default_factory=VideoReformatter)
 
     def packets(self) -> Iterator[av.Packet]:
         """Yield the packets; an empty one would tell the decoder that the end has come."""
@@ -492,6 +538,15 @@ class _OpenVideo:
         # AV1 and VP9 decoders do not skip.
         return self.codec() == "h264"
 
+    def length_size(self) -> int:
+        """Return how many bytes tell the length of each NAL unit of a packet, 0 if unknown.
+
+        Source: ISO/IEC 14496-15, 5.3.3.1 (avcC) and 8.3.3.1 (hvcC).
+        """
+        record = self.stream.codec_context.extradata or b""
+        at = 21 if self.codec() == "hevc" else 4
+        return (record[at] & 3) + 1 if len(record) > at and record[0] == 1 else 0
+
     def seconds(self, position: _Number, ticks: _Number | None) -> _Number:
         """Return when frames are shown, in seconds since the first.
 
@@ -512,12 +567,7 @@ class _OpenVideo:
 
 
 def _best_video(source: _Source, container: InputContainer) -> _OpenVideo:
-    """Find the stream to decode, check its limits and give it one decoder thread.
-
-    One, because callers decode several files at a time: more threads for each would only
-    add up to more than there are cores. A second one makes a lone file up to 1.4x faster
-    where a single long GOP holds all the wanted frames, and slower where GOPs are short.
-    """
+    """Find the stream to decode, check its limits and give it one decoder thread."""
     stream = container.streams.best("video")
     if stream is not None and stream.disposition & Disposition.attached_pic:
         others = container.streams.video
@@ -603,72 +653,94 @@ def _ebml_size(file: BinaryIO) -> int | None:
     return None if size == mask else size
 
 
-# The packet scan and the plan
+# The two ways of decoding
 
 
-@dataclass(frozen=True)
-class _Index:
-    """What one pass over the packets tells, without decoding. P packets in file order.
-
-    Attributes:
-        pts: (P,) presentation times.
-        by_pts: (P,) packet numbers sorted by pts.
-        keys: ascending numbers of the key packets.
-        shown: packet number of each position; an edit list hides the other packets.
-        is_sound: whether each pts names one frame and the first packet starts the video.
-    """
-
-    pts: np.ndarray
-    by_pts: np.ndarray
-    keys: np.ndarray
-    shown: np.ndarray
-    is_sound: bool
-
-    def packet_at(self, pts: int | None) -> int:
-        """Return the number of the packet with this time."""
-        if pts is None:
-            raise _SurpriseError
-        rank = int(np.searchsorted(self.pts, pts, sorter=self.by_pts))
-        if rank == len(self.pts) or self.pts[self.by_pts[rank]] != pts:
-            raise _SurpriseError
-        return int(self.by_pts[rank])
-
-    def start_for(self, packet: int) -> int:
-        """Return the key packet from which this one can be decoded."""
-        key = int(np.searchsorted(self.keys, packet, side="right")) - 1
-        # A frame shown before its key frame (open GOP) also needs the GOP before.
-        while key > 0 and self.pts[packet] < self.pts[self.keys[key]]:
-            key -= 1
-        return int(self.keys[key])
+def _decode_file(
+    source: _Source, choose: Callable[[int], Sequence[int]], is_cut_short: bool
+) -> DecodedVideo:
+    video = None if is_cut_short else _open_for_plan(source)
+    if video is None:
+        return _decode_all(source, choose, None, is_cut_short)
+    with video.container:
+        index = _within(_scan(video), video)
+        num_frames = max(1, len(index.shown))
+        if index.is_sound:
+            chosen = _ChosenFrames(source, choose(num_frames))
+            chosen.check(num_frames)
+            try:
+                _decode_planned(video, index, chosen)
+            except (SurpriseError, av.FFmpegError):
+                pass  # `_decode_all` decides what this file holds
+            else:
+                return DecodedVideo(chosen.stack(), num_frames)
+    return _decode_all(source, choose, num_frames, is_cut_short)
 
 
-def _scan(video: _OpenVideo) -> _Index:
+def _open_for_plan(source: _Source, *, is_probed: bool = False) -> _OpenVideo | None:
+    """Open a file if it is of a kind whose header tells enough for a plan."""
+    demuxers = ",".join(_PLANNED_CONTAINERS)
+    with ExitStack() as stack:
+        try:
+            container = _open(source, source.path, demuxers=demuxers, is_probed=is_probed)
+        except VideoError as error:
+            if error.reason == "timeout":
+                raise
+            return None  # `_decode_all` meets it again, and tells what it is
+        stack.enter_context(container)
+        streams = container.streams.video
+        if len(streams) > 1 and not is_probed:  # their first frames tell which is the best
+            return _open_for_plan(source, is_probed=True)
+        if not streams or streams[0].codec_context is None:
+            return None
+        video = _best_video(source, container)
+        if video.codec() not in _PLANNED_CODECS:
+            return None
+        stack.pop_all()
+        return video
+
+
+def _scan(video: _OpenVideo) -> PacketIndex:
     """Read all packets and keep one small record of each."""
-    times, is_key, is_shown = array("q"), bytearray(), bytearray()
+    times, sizes = array("q"), array("q")
+    is_key, is_shown, spare = bytearray(), bytearray(), bytearray()
+    is_hevc = video.codec() == "hevc"
+    length_size = video.length_size() if video.can_skip() else 0
     is_sound = True
     try:
         for packet in video.packets():
             is_sound = is_sound and packet.pts is not None and not packet.is_corrupt
             times.append(packet.pts or 0)
+            sizes.append(packet.size)
             is_key.append(packet.is_keyframe)
             is_shown.append(not packet.is_discard)
+            spare.append(length_size > 0 and is_spare(memoryview(packet), is_hevc, length_size))
             video.source.check_length(len(times), 0.0)
     except av.FFmpegError:  # counted by `_decode_all`, which meets it again
         is_sound = False
     pts = np.array(times, dtype=np.int64)
     by_pts = np.argsort(pts, kind="stable")
     shown = by_pts[np.array(is_shown, dtype=bool)[by_pts]]
+    if len(shown) == 0:
+        raise VideoError(video.source.path, "no-frames", "its video stream is empty")
     is_sound = (
         is_sound
-        and len(shown) > 0
         and bool(is_key[0])
         and bool(pts[shown[0]] >= pts[0])
         and bool((np.diff(pts[by_pts]) > 0).all())
     )
-    return _Index(pts, by_pts, np.flatnonzero(is_key), shown, is_sound)
+    return PacketIndex(
+        pts=pts,
+        sizes=np.array(sizes, dtype=np.int64),
+        is_spare=np.array(spare, dtype=bool),
+        by_pts=by_pts,
+        keys=np.flatnonzero(is_key),
+        shown=shown,
+        is_sound=is_sound,
+    )
 
 
-def _within(index: _Index, video: _OpenVideo) -> _Index:
+def _within(index: PacketIndex, video: _OpenVideo) -> PacketIndex:
     """Leave only the frames that are shown in the span asked for."""
     if video.source.span.is_whole:
         return index
@@ -681,83 +753,109 @@ def _within(index: _Index, video: _OpenVideo) -> _Index:
     return replace(index, shown=index.shown[is_inside])
 
 
-def _stretches(index: _Index, packets: Iterable[int]) -> list[tuple[int, int]]:
-    """Return the stretches [first, last] of packets to decode, without overlap."""
-    stretches: list[tuple[int, int]] = []
-    for first, last in sorted((index.start_for(packet), packet) for packet in packets):
-        if stretches and first <= stretches[-1][1] + 1:
-            stretches[-1] = (stretches[-1][0], max(last, stretches[-1][1]))
-        else:
-            stretches.append((first, last))
-    return stretches
+@dataclass
+class _Job:
+    """What the decoders of one file work through together.
+
+    Attributes:
+        index: the packets of the file.
+        wanted: number of each wanted packet -> position of its frame.
+        chosen: takes the frames.
+        stretches: what is left to decode; each decoder takes the next.
+        decoder_threads: threads of each decoder.
+        has_failed: whether a decoder met an error, so that the others need not go on.
+    """
+
+    index: PacketIndex
+    wanted: dict[int, int]
+    chosen: _ChosenFrames
+    stretches: Iterator[Stretch]
+    decoder_threads: int
+    has_failed: bool = False
 
 
-# The two ways of decoding
-
-
-def _decode_file(
-    source: _Source, choose: Callable[[int], Sequence[int]], is_cut_short: bool
-) -> DecodedVideo:
-    with _open(source, source.path) as container:
-        video = _best_video(source, container)
-        index = _scan(video)
-        if len(index.shown) == 0:
-            raise VideoError(source.path, "no-frames", "its video stream is empty")
-        index = _within(index, video)
-        num_frames = max(1, len(index.shown))
-        if (
-            index.is_sound
-            and not is_cut_short
-            and container.format.name in _PLANNED_CONTAINERS
-            and video.codec() in _PLANNED_CODECS
-        ):
-            chosen = _ChosenFrames(source, choose(num_frames))
-            chosen.check(num_frames)
-            try:
-                _decode_planned(video, index, chosen)
-            except (_SurpriseError, av.FFmpegError):
-                pass  # `_decode_all` decides what this file holds
-            else:
-                return DecodedVideo(chosen.stack(), num_frames)
-    return _decode_all(source, choose, num_frames, is_cut_short)
-
-
-def _decode_planned(video: _OpenVideo, index: _Index, chosen: _ChosenFrames) -> None:
+def _decode_planned(video: _OpenVideo, index: PacketIndex, chosen: _ChosenFrames) -> None:
     """Collect the chosen frames from the stretches of the file that they need.
 
     Raises:
-        _SurpriseError: if anything is not as the index says.
+        SurpriseError: if anything is not as the index says.
     """
-    positions = {int(index.shown[position]): position for position in chosen.wanted}
-    for first, last in _stretches(index, positions):
-        video.container.seek(int(index.pts[first]), stream=video.stream)
-        for frame in _stretch_frames(video, index, (first, last), positions):
-            if frame.is_corrupt or frame.interlaced_frame:  # a field may be a packet
-                raise _SurpriseError
-            number = index.packet_at(frame.pts)
-            if number == first and not frame.key_frame:
-                raise _SurpriseError
-            chosen.offer(positions.get(number, -1), frame)
-    if len(chosen.frames) < len(chosen.wanted):
-        raise _SurpriseError
+    wanted = {int(index.shown[position]): position for position in chosen.wanted}
+    context = video.stream.codec_context
+    plan = make_plan(index, wanted, context.width * context.height, video.source.threads)
+    job = _Job(index, wanted, chosen, iter(plan.stretches), plan.decoder_threads)
+    helpers = plan.workers - 1
+    with ThreadPoolExecutor(max(1, helpers), "actionclip-decoder") as pool:
+        results = [pool.submit(_help, video.source, job) for _ in range(helpers)]
+        _work(video, job)
+    for result in results:
+        result.result()
+    if not chosen.are_complete():
+        raise SurpriseError
+
+
+def _help(source: _Source, job: _Job) -> None:
+    """Work with a decoder of one's own."""
+    video = _open_for_plan(source)
+    if video is None:
+        raise SurpriseError
+    with video.container:
+        _work(video, job)
+
+
+def _work(video: _OpenVideo, job: _Job) -> None:
+    """Decode stretches until none is left."""
+    context = video.stream.codec_context
+    context.thread_count, context.thread_type = job.decoder_threads, "AUTO"
+    # A decoder of H.264 that has to guess it leaves out the frames that come out of order.
+    context.options = {"has_b_frames": str(job.index.reorder_depth())}
+    try:
+        for stretch in job.stretches:
+            for frame in _stretch_frames(video, job.index, stretch, job.wanted):
+                if job.has_failed:
+                    return
+                _take(frame, video, job, stretch)
+    except BaseException:
+        job.has_failed = True
+        raise
+
+
+def _take(frame: VideoFrame, video: _OpenVideo, job: _Job, stretch: Stretch) -> None:
+    """Keep a frame of a stretch if it is wanted, and check that it is the one expected."""
+    if frame.is_corrupt or frame.interlaced_frame:  # a field may be a packet
+        raise SurpriseError
+    number = job.index.packet_at(frame.pts)
+    if number == stretch[0] and not frame.key_frame:
+        raise SurpriseError
+    job.chosen.offer(job.wanted.get(number, -1), frame, video.reformatter)
+    # Which size is the first, and so to be kept, is known in order only.
+    if job.chosen.size not in (None, (frame.width, frame.height)):
+        raise SurpriseError
 
 
 def _stretch_frames(
-    video: _OpenVideo, index: _Index, stretch: tuple[int, int], wanted: Container[int]
+    video: _OpenVideo, index: PacketIndex, stretch: Stretch, wanted: Container[int]
 ) -> Iterator[VideoFrame]:
     """Yield what the decoder gives for a stretch of packets, the wanted frames among it."""
     first, last = stretch
     context = video.stream.codec_context
     can_skip = video.can_skip()
+    is_skipping = None
     number = None
+    video.container.seek(int(index.pts[first]), stream=video.stream)
     for packet in video.packets():
         # A seek may land on an earlier key packet, never on a later one.
         number = index.packet_at(packet.pts) if number is None else number + 1
         if number < first:
             continue
         if number > last or packet.pts != index.pts[number]:
-            raise _SurpriseError
-        context.skip_frame = "NONREF" if can_skip and number not in wanted else "DEFAULT"
+            raise SurpriseError
+        may_skip = can_skip and number not in wanted
+        if may_skip and index.is_spare[number]:
+            continue
+        if may_skip is not is_skipping:
+            context.skip_frame = "NONREF" if may_skip else "DEFAULT"
+            is_skipping = may_skip
         yield from video.stream.decode(packet)
         if number == last:
             yield from video.stream.decode(None)
@@ -765,23 +863,30 @@ def _stretch_frames(
 
 
 def _decode_all(
-    source: _Source, choose: Callable[[int], Sequence[int]], expected: int, is_cut_short: bool
+    source: _Source,
+    choose: Callable[[int], Sequence[int]],
+    expected: int | None,
+    is_cut_short: bool,
 ) -> DecodedVideo:
     """Decode every packet: the definition of which frame is where.
 
     Args:
         source: what to read.
         choose: see `decode`.
-        expected: the number of frames to choose from, perhaps only a guess.
+        expected: the number of frames to choose from, perhaps only a guess; None: unknown.
         is_cut_short: whether the file is known to end early.
     """
+    if expected is None:
+        with _open(source, source.path) as container:
+            video = _best_video(source, container)
+            expected = max(1, len(_within(_scan(video), video).shown))
     chosen = _ChosenFrames(source, choose(expected))
     losses = _Losses(is_cut_short)
     num_frames = 0
     with _open(source, source.path) as container:
         video = _best_video(source, container)
         for frame in _in_span(video, _all_frames(video, losses)):
-            chosen.offer(num_frames, frame)
+            chosen.offer(num_frames, frame, video.reformatter)
             num_frames += 1
     if num_frames == 0:
         raise VideoError(source.path, "no-frames", "not one frame could be decoded")
@@ -860,10 +965,10 @@ def _decode_folder(source: _Source, choose: Callable[[int], Sequence[int]]) -> D
     source.check_length(len(names), 0.0)
     chosen = _ChosenFrames(source, choose(len(names)))
     chosen.check(len(names))
-    losses = _Losses(cut_short=False)
+    losses, reformatter = _Losses(cut_short=False), VideoReformatter()
     for position in sorted(chosen.wanted):
         try:
-            chosen.offer(position, _image(source, names[position], losses))
+            chosen.offer(position, _image(source, names[position], losses), reformatter)
         except VideoError as error:
             message = f"frame {names[position]}: {error.message}"
             raise VideoError(source.path, error.reason, message) from None

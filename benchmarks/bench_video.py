@@ -1,21 +1,22 @@
 """How long does it take to get 8 frames of a video, and what do others need for the same?
 
-    python benchmarks/bench_video.py [VIDEO...] [--repeats 7] [--json FILE]
+    python benchmarks/bench_video.py [VIDEO...] [--rendered] [--repeats 5] [--json FILE]
 
 Each reader opens the file and returns the frames at the evaluation positions as RGB. Without
 videos, clips are rendered. Peers that are not installed are reported as absent. The frames
 of each reader are compared with decoding everything first: one that returns other frames is
 reported and not timed. "other rounding" means the right frames, converted to RGB by another
-swscale. Peers may use all cores, ours uses one: the ratio of processor time says what many
-files at once would cost.
+swscale. Ours runs with all cores, as a lone video gets them, and with one, as each of many
+videos does: the ratio of processor time says what many files at once would cost.
 """
 
 import argparse
 import importlib
 import os
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 import av
 import measure
 import numpy as np
+from av.codec import codecs_available
 
 from actionclip.sampling import segment_indices
 from actionclip.video import decode
@@ -30,14 +32,23 @@ from actionclip.video import decode
 NUM_FRAMES = 8
 CORES = os.cpu_count() or 1
 OURS = "actionclip"
+OURS_ALONE = "actionclip, 1 thread"
+DECODE_ALL = "PyAV all, auto"
+PEERS = ("decord", "torchcodec exact", "torchcodec approx.", "OpenCV grab")
+RIGHT = ("equal", "other rounding")
+# Of fewer frames than this, a file is opened rather than decoded.
+FEWEST_FRAMES = 30
 
 # A reader maps (path, frames in the file, positions) to (T, H, W, 3) uint8.
 Reader = Callable[[str, int, list[int]], np.ndarray]
 
 
-def read_ours(path: str, count: int, positions: list[int]) -> np.ndarray:
-    frames = decode(path, lambda n: segment_indices(n, NUM_FRAMES)).frames
-    return frames.numpy().transpose(0, 2, 3, 1)
+def read_ours(threads: int) -> Reader:
+    def read(path: str, count: int, positions: list[int]) -> np.ndarray:
+        frames = decode(path, lambda n: segment_indices(n, NUM_FRAMES), threads=threads).frames
+        return frames.numpy().transpose(0, 2, 3, 1)
+
+    return read
 
 
 def decode_everything(path: str, wanted: set[int], threads: str) -> tuple[int, dict]:
@@ -96,9 +107,10 @@ def read_opencv(path: str, count: int, positions: list[int]) -> np.ndarray:
 
 
 READERS: dict[str, tuple[str, Reader]] = {
-    OURS: ("av", read_ours),
+    OURS: ("av", read_ours(CORES)),
+    OURS_ALONE: ("av", read_ours(1)),
     "PyAV all, 1 thread": ("av", read_pyav("NONE")),
-    "PyAV all, auto": ("av", read_pyav("AUTO")),
+    DECODE_ALL: ("av", read_pyav("AUTO")),
     "decord": ("decord", read_decord),
     "torchcodec exact": ("torchcodec.decoders", read_torchcodec("exact")),
     "torchcodec approx.": ("torchcodec.decoders", read_torchcodec("approximate")),
@@ -135,7 +147,7 @@ def judge(frames: np.ndarray, truth: dict, positions: list[int]) -> str:
     return f"wrong: {wrong} other frames" if wrong else "other rounding"
 
 
-def examine(path: str, absent: dict[str, str], repeats: int) -> dict:
+def examine(path: str, kind: str, absent: dict[str, str], repeats: int) -> dict:
     """Compare, then time every reader on one clip."""
     count = decode_everything(path, set(), "AUTO")[0]
     positions = segment_indices(count, NUM_FRAMES)
@@ -152,44 +164,120 @@ def examine(path: str, absent: dict[str, str], repeats: int) -> dict:
         except Exception as error:  # a peer may fail in any way; that is its result
             verdict = f"error: {type(error).__name__}"
         results[name] = {"frames": verdict}
-        if verdict in ("equal", "other rounding"):
+        if verdict in RIGHT:
             timed[name] = read
-    if results[OURS]["frames"] != "equal":
-        sys.exit(f"{path}: our frames differ from decoding everything: {results[OURS]['frames']}")
+    for name in (OURS, OURS_ALONE):
+        if results[name]["frames"] != "equal":
+            sys.exit(f"{path}: {name}: {results[name]['frames']} than by decoding everything")
     rounds = measure.interleave(
         {name: partial(read, path, count, positions) for name, read in timed.items()}, repeats
     )
     for name, figures in measure.compare(rounds, OURS).items():
         results[name] |= figures
+    for name, figures in measure.compare(rounds, OURS_ALONE).items():
+        results[name]["1_thread_is_faster_by"] = figures["ours_is_faster_by"]
     return {
         "clip": Path(path).name,
+        "kind": kind if count >= FEWEST_FRAMES else "tiny",
         "size": f"{width}x{height}",
         "num_frames": count,
         "readers": {name: results[name] for name in READERS},
     }
 
 
+# name -> (encoder, its options, width, height, key frame every so many)
+H264 = {"preset": "veryfast"}
+HEVC = {"preset": "superfast", "x265-params": "log-level=none"}
+VP9 = {"cpu-used": "8", "deadline": "realtime", "row-mt": "1"}
+CLIPS: dict[str, tuple[str, dict[str, str], int, int, int]] = {
+    "rendered_256p_gop12.mp4": ("libx264", H264, 340, 256, 12),
+    "rendered_256p_gop250.mp4": ("libx264", H264, 340, 256, 250),
+    "rendered_720p_gop12.mp4": ("libx264", H264, 1280, 720, 12),
+    "rendered_720p_gop250.mp4": ("libx264", H264, 1280, 720, 250),
+    "rendered_720p_hevc.mp4": ("libx265", HEVC, 1280, 720, 250),
+    "rendered_256p_vp9.webm": ("libvpx-vp9", VP9, 340, 256, 128),
+}
+
+
 def render_clips(folder: Path) -> list[str]:
-    """Write 10 s of moving noise and gradients in H.264, in two sizes and two GOP lengths."""
+    """Write 10 s of moving noise and gradients in every way for which there is an encoder."""
     paths = []
-    for width, height in ((340, 256), (1280, 720)):
+    for name, (codec, options, width, height, gop) in CLIPS.items():
+        if codec not in codecs_available:
+            print(f"{name} is left out: this PyAV cannot write {codec}")
+            continue
         generator = np.random.default_rng(0)
-        noise = generator.integers(0, 60, (height, width + 300, 3), dtype=np.uint8)
+        noise = generator.integers(0, 60, (height, width + 300, 3), dtype=np.uint8) // 2
         ramp = np.linspace(0, 190, width, dtype=np.uint8)[None, :, None]
-        for gop in (12, 250):
-            paths.append(str(folder / f"rendered_{height}p_gop{gop}.mp4"))
-            with av.open(paths[-1], "w") as output:
-                stream = output.add_stream("libx264", rate=30, options={"preset": "medium"})
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                stream.codec_context.gop_size = gop
-                stream.codec_context.time_base = Fraction(1, 30)
-                for i in range(300):
-                    image = noise[:, i : i + width] // 2 + np.roll(ramp, 3 * i, axis=1)
-                    frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-                    frame.pts = i
-                    output.mux(stream.encode(frame))
-                output.mux(stream.encode(None))
+        paths.append(str(folder / name))
+        with av.open(paths[-1], "w") as output:
+            stream = output.add_stream(codec, rate=30, options=options)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.codec_context.gop_size = gop
+            stream.codec_context.thread_count = CORES
+            stream.codec_context.time_base = Fraction(1, 30)
+            for i in range(300):
+                image = noise[:, i : i + width] + np.roll(ramp, 3 * i, axis=1)
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+                frame.pts = i
+                output.mux(stream.encode(frame))
+            output.mux(stream.encode(None))
     return paths
+
+
+def ratio_to(clip: dict, names: Sequence[str], key: str) -> dict[str, float]:
+    """Return how much faster ours is than each of these readers that was right."""
+    rows = {name: clip["readers"][name] for name in names}
+    return {name: row[key] for name, row in rows.items() if row["frames"] in RIGHT}
+
+
+def summarise(clips: list[dict]) -> dict:
+    """Return the ratio to the fastest peer that was right: median and least of each kind."""
+    summary: dict = {}
+    for key in ("ours_is_faster_by", "1_thread_is_faster_by"):
+        for kind in ("real", "rendered", "tiny"):
+            ratios = {
+                clip["clip"]: min(ratio_to(clip, PEERS, key).values())
+                for clip in clips
+                if clip["kind"] == kind and ratio_to(clip, PEERS, key)
+            }
+            if ratios:
+                worst = min(ratios, key=ratios.__getitem__)
+                summary.setdefault(key, {})[kind] = {
+                    "median": round(statistics.median(ratios.values()), 3),
+                    "least": ratios[worst],
+                    "least_clip": worst,
+                }
+    return summary
+
+
+def rows(clips: list[dict]) -> list[dict]:
+    """Return what enters the table of benchmarks/README.md."""
+    fastest, everything = {}, {}
+    for clip in clips:
+        peers = ratio_to(clip, PEERS, "ours_is_faster_by")
+        if peers:
+            fastest[clip["clip"]] = min(peers.values())
+        everything[clip["clip"]] = clip["readers"][DECODE_ALL]["ours_is_faster_by"]
+    real = {clip["clip"] for clip in clips if clip["kind"] == "real"}
+    answers = []
+    for title, peer, ratios in (
+        ("decode 8 frames", "the fastest for each clip", fastest),
+        ("decode 8 frames against all of them", DECODE_ALL, everything),
+    ):
+        of_real = [ratio for clip, ratio in ratios.items() if clip in real]
+        if of_real:
+            answers.append(measure.row(f"{title}, real clips", {peer: of_real}))
+        if ratios:
+            worst = min(ratios, key=ratios.__getitem__)
+            against = {f"{peer}: {worst}": [ratios[worst]]}
+            answers.append(measure.row(f"{title}, slowest clip", against))
+    gop12 = [ratio for clip, ratio in everything.items() if "gop12" in clip]
+    if gop12:
+        answers.append(
+            measure.row("decode 8 frames against all of them, GOP 12", {DECODE_ALL: gop12})
+        )
+    return answers
 
 
 def print_clip(clip: dict) -> None:
@@ -203,22 +291,27 @@ def print_clip(clip: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("videos", nargs="*", help="video files; none: render four clips")
-    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("videos", nargs="*", help="video files; none: only the rendered clips")
+    parser.add_argument("--repeats", type=int, default=5, help="timed rounds (default 5)")
     parser.add_argument("--rendered", action="store_true", help="the rendered clips as well")
     parser.add_argument("--json", help="write the results to this file")
     arguments = parser.parse_args()
     absent = find_absent()
     clips = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = list(arguments.videos)
+        paths = [(path, "real") for path in arguments.videos]
         if arguments.rendered or not paths:
-            paths += render_clips(Path(folder))
-        for path in paths:
-            clips.append(examine(path, absent, arguments.repeats))
+            paths += [(path, "rendered") for path in render_clips(Path(folder))]
+        for path, kind in paths:
+            clips.append(examine(path, kind, absent, arguments.repeats))
             print_clip(clips[-1])
+    summary = summarise(clips)
+    for key, kinds in summary.items():
+        for kind, figures in kinds.items():
+            print(f"{key}: {kind} clips: {figures}")
     if arguments.json:
-        measure.write_json(arguments.json, clips)
+        results = {"clips": clips, "summary": summary, "rows": rows(clips)}
+        measure.write_json(arguments.json, results)
 
 
 if __name__ == "__main__":

@@ -176,12 +176,12 @@ def test_stretches_join_where_they_touch():
     # Two GOPs of 4 packets, in file order I0 P3 B1 B2 | I6 B4 B5 P7: 4 and 5 also need I0.
     pts = np.array([0, 3, 1, 2, 6, 4, 5, 7])
     order = np.argsort(pts)
-    index = video._Index(pts, order, np.array([0, 4]), order, True)
-    assert video._stretches(index, [2]) == [(0, 2)]
-    assert video._stretches(index, [7]) == [(4, 7)]
-    assert video._stretches(index, [1, 7]) == [(0, 1), (4, 7)]
-    assert video._stretches(index, [3, 7]) == [(0, 7)]
-    assert video._stretches(index, [7, 5]) == [(0, 7)]
+    index = video.PacketIndex(pts, pts, pts < 0, order, np.array([0, 4]), order, True)
+    assert index.stretches([2]) == [(0, 2)]
+    assert index.stretches([7]) == [(4, 7)]
+    assert index.stretches([1, 7]) == [(0, 1), (4, 7)]
+    assert index.stretches([3, 7]) == [(0, 3), (4, 7)]
+    assert index.stretches([7, 5]) == [(0, 7)]
 
 
 def test_temporal_layers_forbid_skipping_in_hevc(tmp_path):
@@ -751,9 +751,9 @@ def test_memory_does_not_hold_the_video(h264_video, monkeypatch):
     alive = []
     original = video._ChosenFrames.offer
 
-    def watched(self, position, frame):
-        original(self, position, frame)
-        alive.append(len(self.frames))
+    def watched(self, position, frame, reformatter):
+        original(self, position, frame, reformatter)
+        alive.append(len(self._frames))
 
     monkeypatch.setattr(video._ChosenFrames, "offer", watched)
     monkeypatch.setattr(video, "_PLANNED_CODECS", frozenset())
