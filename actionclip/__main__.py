@@ -1,22 +1,17 @@
 """Run the commands as `python -m actionclip COMMAND ...`."""
 
 import sys
+from collections.abc import Callable, Sequence
 
-from actionclip.cli import check, eval, synthetic, train, zeroshot
+from actionclip.cli import console
 
-COMMANDS = {
-    "zeroshot": zeroshot.main,
-    "train": train.main,
-    "eval": eval.main,
-    "check": check.main,
-    "synthetic": synthetic.main,
-}
+COMMANDS = ("zeroshot", "train", "eval", "check", "synthetic")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str], call: Callable[[str, Sequence[str]], int] = console.call) -> int:
     """Hand over to the command named by the first argument."""
     if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:])
+        return call(argv[0], argv[1:])
     asked_for_help = argv[:1] in (["-h"], ["--help"])
     usage = f"usage: python -m actionclip {{{','.join(COMMANDS)}}} ..."
     print(usage, file=sys.stdout if asked_for_help else sys.stderr)
@@ -24,4 +19,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], console.run))

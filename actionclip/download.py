@@ -238,7 +238,8 @@ def _write_note(note: str, sha256: str) -> None:
 
 def _digest(path: str) -> Any:
     digest = hashlib.sha256()
-    buffer = bytearray(2**20)
+    # Large, so that a thread which hashes meets the others, at the interpreter's lock, rarely.
+    buffer = bytearray(2**23)
     view = memoryview(buffer)
     with open(path, "rb") as file:
         while count := file.readinto(buffer):

@@ -4,9 +4,8 @@ The start of the text side; `tokenizer` takes the sentences. Pure text: no
 files, no tokens, no model.
 """
 
+import re
 from collections.abc import Iterable, Sequence
-
-import regex
 
 from actionclip.errors import InputError
 
@@ -33,9 +32,6 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     # "Only label" in Table 3 of the paper.
     "none": ("{}",),
 }
-
-# Between a small and a capital letter, and before the last capital of a run: "TV|Show".
-_CAMEL_CASE_BORDER = regex.compile(r"(?<=\p{Ll})(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})")
 
 
 def fill_templates(templates: Sequence[str], class_names: Sequence[str]) -> list[str]:
@@ -79,8 +75,19 @@ def readable(name: str) -> str:
     """
     if any(character.isspace() for character in name):
         return name
-    words = _CAMEL_CASE_BORDER.sub(" ", name.replace("_", " ")).split()
+    words = _split_camel_case(name.replace("_", " ")).split()
     return " ".join(words) or name
+
+
+def _split_camel_case(text: str) -> str:
+    """Put a space between a small and a capital letter, and before the last of several: TV Show."""
+    if text.isascii():
+        return re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
+    # Imported here, because it would take longer than all else that a plain name needs.
+    import regex
+
+    border = r"(?<=\p{Ll})(?=\p{Lu})|(?<=\p{Lu})(?=\p{Lu}\p{Ll})"
+    return str(regex.sub(border, " ", text))
 
 
 def comparison_key(name: str) -> str:

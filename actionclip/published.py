@@ -1,17 +1,26 @@
 """The models with a name: where each file is, its checksum, its licence and its shape.
 
-A table and nothing else; `weights.py` acts on it. Sizes and checksums are those of the OpenAI
-release, whose download addresses contain the SHA-256 of the file. X-CLIP's files are those that
-Hugging Face converted; no checksum of them is published, so their host has to tell it.
+A table, and the way to its files; `weights` reads them. Sizes and checksums are those of the
+OpenAI release, whose download addresses contain the SHA-256 of the file. X-CLIP's files are those
+that Hugging Face converted; no checksum of them is published, so their host has to tell it.
+
+The models, and PyTorch with them, are imported when a shape is asked for: a file can be fetched
+and verified meanwhile.
 """
 
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
-from actionclip.models.actionclip import ActionCLIPConfig
-from actionclip.models.base import VideoTextConfig
-from actionclip.models.clip import CLIPConfig
-from actionclip.models.xclip import XCLIPConfig
+from actionclip import download
 from actionclip.prompts import TEMPLATES
+
+if TYPE_CHECKING:
+    from actionclip.models.base import VideoTextConfig
+    from actionclip.models.clip import CLIPConfig
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class PublishedModel:
     Attributes:
         url: where the file is published.
         file: its name in the cache.
-        config: the model, for building it without the file.
+        describe: returns `config`.
         source: page that documents the weights.
         size: bytes, where known.
         sha256: hex digest of the whole file, where known; nothing else is loaded then.
@@ -30,11 +39,16 @@ class PublishedModel:
 
     url: str
     file: str
-    config: VideoTextConfig
+    describe: Callable[[], "VideoTextConfig"]
     source: str
     size: int | None = None
     sha256: str | None = None
     licence: str = "MIT"
+
+    @property
+    def config(self) -> "VideoTextConfig":
+        """The model, for building it without the file."""
+        return self.describe()
 
 
 @dataclass(frozen=True)
@@ -44,33 +58,53 @@ class PackagedModel:
     Attributes:
         file: its name in the package.
         sha256: hex digest of the whole file.
-        config: the model, for building it without the file.
+        describe: returns `config`.
     """
 
     file: str
     sha256: str
-    config: VideoTextConfig
+    describe: Callable[[], "VideoTextConfig"]
+
+    @property
+    def config(self) -> "VideoTextConfig":
+        """The model, for building it without the file."""
+        return self.describe()
 
 
-def _openai(file: str, size: int, sha256: str, config: CLIPConfig) -> PublishedModel:
+Towers = Callable[[], "CLIPConfig"]
+
+
+def _openai(file: str, size: int, sha256: str, towers: Towers) -> PublishedModel:
     return PublishedModel(
         url=f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}",
         file=file,
-        config=ActionCLIPConfig(config),
+        describe=partial(_actionclip, towers),
         source="https://github.com/openai/CLIP",
         size=size,
         sha256=sha256,
     )
 
 
-def _xclip(name: str, config: CLIPConfig, num_frames: int) -> PublishedModel:
+def _hugging_face(name: str, towers: Towers, num_frames: int) -> PublishedModel:
     source = f"https://huggingface.co/microsoft/{name}"
     return PublishedModel(
         url=f"{source}/resolve/main/pytorch_model.bin",
         file=f"{name}.bin",
-        config=XCLIPConfig(config, num_frames=num_frames),
+        describe=partial(_xclip, towers, num_frames),
         source=source,
     )
+
+
+def _actionclip(towers: Towers) -> "VideoTextConfig":
+    from actionclip.models.actionclip import ActionCLIPConfig
+
+    return ActionCLIPConfig(towers())
+
+
+def _xclip(towers: Towers, num_frames: int) -> "VideoTextConfig":
+    from actionclip.models.xclip import XCLIPConfig
+
+    return XCLIPConfig(towers(), num_frames=num_frames)
 
 
 def _clip(
@@ -80,8 +114,10 @@ def _clip(
     width: int,
     patch_size: int | None,
     text_width: int,
-) -> CLIPConfig:
+) -> "CLIPConfig":
     """Fill in what all OpenAI models share: heads of 64, 12 text layers, 77 of 49,408 tokens."""
+    from actionclip.models.clip import CLIPConfig
+
     return CLIPConfig(
         embed_dim=embed_dim,
         image_resolution=resolution,
@@ -97,10 +133,10 @@ def _clip(
     )
 
 
-B32 = _clip(512, 224, 12, 768, 32, 512)
-B16 = _clip(512, 224, 12, 768, 16, 512)
-L14 = _clip(768, 224, 24, 1024, 14, 768)
-L14_336 = _clip(768, 336, 24, 1024, 14, 768)
+B32 = partial(_clip, 512, 224, 12, 768, 32, 512)
+B16 = partial(_clip, 512, 224, 12, 768, 16, 512)
+L14 = partial(_clip, 768, 224, 24, 1024, 14, 768)
+L14_336 = partial(_clip, 768, 336, 24, 1024, 14, 768)
 
 _OPENAI = {
     "ViT-B/32": _openai(
@@ -131,38 +167,38 @@ _OPENAI = {
         "RN50.pt",
         255_827_503,
         "afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762",
-        _clip(1024, 224, (3, 4, 6, 3), 64, None, 512),
+        partial(_clip, 1024, 224, (3, 4, 6, 3), 64, None, 512),
     ),
     "RN101": _openai(
         "RN101.pt",
         291_791_292,
         "8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599",
-        _clip(512, 224, (3, 4, 23, 3), 64, None, 512),
+        partial(_clip, 512, 224, (3, 4, 23, 3), 64, None, 512),
     ),
     "RN50x4": _openai(
         "RN50x4.pt",
         421_854_225,
         "7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd",
-        _clip(640, 288, (4, 6, 10, 6), 80, None, 640),
+        partial(_clip, 640, 288, (4, 6, 10, 6), 80, None, 640),
     ),
     "RN50x16": _openai(
         "RN50x16.pt",
         661_125_706,
         "52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa",
-        _clip(768, 384, (6, 8, 18, 8), 96, None, 768),
+        partial(_clip, 768, 384, (6, 8, 18, 8), 96, None, 768),
     ),
     "RN50x64": _openai(
         "RN50x64.pt",
         1_353_500_174,
         "be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c",
-        _clip(1024, 448, (3, 15, 36, 10), 128, None, 1024),
+        partial(_clip, 1024, 448, (3, 15, 36, 10), 128, None, 1024),
     ),
 }
 
 # Name, image and text encoder, frames. Few-shot and zero-shot ones are ViT-B/16 with 32 frames.
 _XCLIP = {
-    name: _xclip(name, config, num_frames)
-    for name, config, num_frames in (
+    name: _hugging_face(name, towers, num_frames)
+    for name, towers, num_frames in (
         ("xclip-base-patch32", B32, 8),
         ("xclip-base-patch32-16-frames", B32, 16),
         ("xclip-base-patch16", B16, 8),
@@ -180,27 +216,65 @@ _XCLIP = {
 
 MODELS = _OPENAI | _XCLIP
 
+
+def _tiny() -> "VideoTextConfig":
+    from actionclip.models.actionclip import ActionCLIPConfig
+    from actionclip.models.clip import CLIPConfig
+
+    towers = CLIPConfig(
+        embed_dim=96,
+        image_resolution=48,
+        vision_layers=3,
+        vision_width=96,
+        vision_patch_size=12,
+        vision_heads=3,
+        context_length=16,
+        vocab_size=49408,
+        text_width=64,
+        text_heads=1,
+        text_layers=2,
+        activation="gelu",
+    )
+    return ActionCLIPConfig(towers, temporal="transf", templates=TEMPLATES["none"])
+
+
 PACKAGED = {
     "tiny": PackagedModel(
         "tiny.safetensors",
         "67b5ebae60d98dcfbc0dedbd36faa580dbe12c943c0b5093f4445b67cb9aecc7",
-        ActionCLIPConfig(
-            CLIPConfig(
-                embed_dim=96,
-                image_resolution=48,
-                vision_layers=3,
-                vision_width=96,
-                vision_patch_size=12,
-                vision_heads=3,
-                context_length=16,
-                vocab_size=49408,
-                text_width=64,
-                text_heads=1,
-                text_layers=2,
-                activation="gelu",
-            ),
-            temporal="transf",
-            templates=TEMPLATES["none"],
-        ),
+        _tiny,
     ),
 }
+
+# What `begin_fetch` began and `fetch` was not asked for yet.
+_begun: dict[str, Future[str]] = {}
+
+
+def begin_fetch(name: str) -> None:
+    """Find or download, and verify, the file of a published model in a thread.
+
+    The next `fetch` of it takes the result. Of another name, nothing is begun.
+    """
+    if name in MODELS:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="actionclip-fetch")
+        _begun[name] = thread.submit(_fetch, name, None)
+        thread.shutdown(wait=False)
+
+
+def fetch(name: str, download_root: str | os.PathLike[str] | None = None) -> str:
+    """Return the path of the verified file of a published model, see `download.fetch`."""
+    begun = _begun.pop(name, None) if download_root is None else None
+    return _fetch(name, download_root) if begun is None else begun.result()
+
+
+def _fetch(name: str, download_root: str | os.PathLike[str] | None) -> str:
+    model = MODELS[name]
+    return download.fetch(
+        model.url,
+        sha256=model.sha256,
+        filename=model.file,
+        size=model.size,
+        cache_dir=None if download_root is None else os.fspath(download_root),
+        # OpenAI's own package keeps the same files there, of which the checksum is known.
+        also_look_in=() if download_root else (os.path.expanduser("~/.cache/clip"),),
+    )

@@ -90,7 +90,7 @@ def view_indices(
 
 
 def random_segment_indices(
-    num_frames: int, num_segments: int, generator: np.random.Generator
+    num_frames: int, num_segments: int, generator: "np.random.Generator"
 ) -> list[int]:
     """Return one random frame of each segment: the training sampling.
 

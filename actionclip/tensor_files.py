@@ -11,6 +11,7 @@ import collections
 import contextlib
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -143,7 +144,8 @@ def write_safetensors(
             "data_offsets": [start, end],
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    # Tensors begin where processors like to read them, also if the file is mapped.
+    text += b" " * (-(8 + len(text)) % 64)
     contents = (_bytes_of(tensors[name].detach().cpu().contiguous()) for name in names)
 
     def write(file: BinaryIO) -> None:
@@ -321,15 +323,20 @@ def _read_checked(file: BufferedReader, file_size: int) -> tuple[dict[str, Tenso
         raise _Malformed(
             f"its tensors end at byte {8 + header_size + position}, the file at {file_size}"
         )
-    # Only now is memory taken: together the tensors are as large as the file.
-    tensors: dict[str, Tensor] = {}
-    for name in in_order:
-        dtype, shape, _, _ = entries[name]
+    # Mapped, as `torch.load` does below: what is not used is never read, and several processes
+    # share what is. Tensors can be written; the file stays as it is.
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, (dtype, shape, start, end) in entries.items():
         tensors[name] = torch.empty(shape, dtype=dtype)
-        memory = _bytes_of(tensors[name])
-        if file.readinto(memory) != len(memory):
-            raise _Malformed(f"{name!r} is cut short")
-    return {name: tensors[name] for name in header}, metadata
+        if end > start:
+            data = torch.frombuffer(
+                mapped, dtype=torch.uint8, count=end - start, offset=8 + header_size + start
+            )
+            # A file of another program may place numbers where processors do not want them.
+            aligned = data if data.data_ptr() % dtype.itemsize == 0 else data.clone()
+            tensors[name] = aligned.view(dtype).view(shape)
+    return tensors, metadata
 
 
 def _parse_header(text: bytes) -> dict[str, Any]:

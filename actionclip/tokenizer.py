@@ -9,12 +9,12 @@ Source: CLIP (arXiv:2103.00020), section 2.4, and the vocabulary of OpenAI's rel
 
 import functools
 import gzip
-import html
 import importlib.resources
+import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
-import regex
 import torch
 from torch import Tensor
 
@@ -34,10 +34,9 @@ _PRINTABLE = bytes([*range(33, 127), *range(161, 173), *range(174, 256)])
 _BYTES = _PRINTABLE + bytes(byte for byte in range(256) if byte not in _PRINTABLE)
 
 # Whitespace matches nothing, so it separates pieces and needs no clean-up beforehand.
-_PIECE = regex.compile(
-    r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
-    regex.IGNORECASE,
-)
+# `L` stands for letters and `N` for digits.
+_PIECE = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|[{L}]+|[{N}]|[^\s{L}{N}]+"
+_PLAIN_PIECE = re.compile(_PIECE.format(L="a-z", N="0-9"))
 
 
 def tokenize(
@@ -76,12 +75,14 @@ def tokenize(
 
 def encode(text: str) -> list[int]:
     """Return the token ids of a text, without SOT, EOT and padding."""
-    return [token for piece in _PIECE.findall(_clean(text)) for token in _encode_piece(piece)]
+    return [token for piece in words(text) for token in _encode_piece(piece)]
 
 
 def words(text: str) -> list[str]:
     """Return what the tokens of a text stand for: words in lower case, digits, punctuation."""
-    return _PIECE.findall(_clean(text))
+    text = _clean(text)
+    pattern = _PLAIN_PIECE if _is_plain(text) else _any_piece()
+    return list(pattern.findall(text))
 
 
 def token_ids(vocabulary: Iterable[str]) -> list[int]:
@@ -107,14 +108,30 @@ def decode(ids: Iterable[int] | Tensor) -> str:
 
 
 def _clean(text: str) -> str:
-    # Printable ASCII without "&" passes these steps unchanged. Almost all prompts are like that,
-    # and importing ftfy would add 0.1 s to the start of a program.
-    if not (text.isascii() and text.isprintable() and "&" not in text):
+    # Plain text without "&" passes these steps unchanged.
+    if not _is_plain(text) or "&" in text:
+        import html
+
         import ftfy
 
         # Twice, as in CLIP: entities are sometimes escaped themselves.
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return text.lower()
+
+
+def _is_plain(text: str) -> bool:
+    """Tell printable ASCII, as almost all prompts are.
+
+    It needs neither ftfy nor regex, whose imports would add 0.1 s to the start of a program.
+    """
+    return text.isascii() and text.isprintable()
+
+
+@functools.cache
+def _any_piece() -> Any:
+    import regex
+
+    return regex.compile(_PIECE.format(L=r"\p{L}", N=r"\p{N}"), regex.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=65536)

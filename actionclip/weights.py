@@ -40,7 +40,7 @@ from actionclip.models.clip import CLIP, cast_encoders, image_encoder, initial_t
 from actionclip.models.layers import Activation
 from actionclip.models.temporal import TemporalTransformer, interpolate_positions
 from actionclip.models.xclip import XCLIP, CrossFrameVisionTransformer, XCLIPConfig, is_added
-from actionclip.published import MODELS, PACKAGED
+from actionclip.published import MODELS, PACKAGED, fetch
 from actionclip.tensor_files import read_file, write_atomically, write_safetensors
 from actionclip.tokenizer import token_ids
 
@@ -234,7 +234,7 @@ def _read(
     """Read and convert the file behind a published name or a path; returns its path, too."""
     path = name
     if name in MODELS:
-        path = _fetch(name, download_root)
+        path = fetch(name, download_root)
     elif name in PACKAGED:
         path = _packaged(name)
     elif not os.path.exists(name):
@@ -251,19 +251,6 @@ def _read(
     if checkpoint.activation is None and "quickgelu" in os.path.basename(path).lower():
         checkpoint.activation = "quick_gelu"
     return checkpoint, path
-
-
-def _fetch(name: str, download_root: str | os.PathLike[str] | None) -> str:
-    model = MODELS[name]
-    return download.fetch(
-        model.url,
-        sha256=model.sha256,
-        filename=model.file,
-        size=model.size,
-        cache_dir=None if download_root is None else os.fspath(download_root),
-        # OpenAI's own package keeps the same files there, of which the checksum is known.
-        also_look_in=() if download_root else (os.path.expanduser("~/.cache/clip"),),
-    )
 
 
 def _check_published(checkpoint: Checkpoint, config: VideoTextConfig, name: str) -> None:

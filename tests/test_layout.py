@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "actionclip"
 
 # A module imports only from levels below its own.
 LEVELS = [
-    ["errors"],
+    ["errors", "packet_index"],
     [
         "ahead",
         "averaging",
@@ -40,8 +40,8 @@ LEVELS = [
     ["classifier", "dataset", "ensembling", "weights"],
     ["evaluate", "runs"],
     ["train"],
-    ["cli.command"],
-    ["cli.options", "cli.plots", "cli.report"],
+    ["cli.command", "cli.console"],
+    ["cli.building", "cli.data_options", "cli.options", "cli.plots", "cli.report"],
     ["cli.check", "cli.eval", "cli.synthetic", "cli.train", "cli.zeroshot"],
 ]
 # `tensor_files` hands TorchScript archives to their own reader.

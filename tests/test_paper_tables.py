@@ -215,7 +215,7 @@ def large(root: Path) -> Runner:
 
 
 def check(runner: Runner, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_fetch", runner.fetch)
+    monkeypatch.setattr(weights, "fetch", runner.fetch)
     configs = {
         name: ActionCLIPConfig(clip_config(shape)) for name, shape in runner.archives.items()
     } | {released.name: xclip_config("small") for released in RELEASED}

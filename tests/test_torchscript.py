@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from actionclip import torchscript
 from actionclip.errors import WeightsError
 from actionclip.torchscript import read_archive
 
@@ -122,6 +123,20 @@ def test_equals_torch_jit(tmp_path: Path, how: str, dtype: torch.dtype) -> None:
     assert {"resblocks.1.attn.out_proj.weight", "norm.running_mean", "steps"} <= ours.keys()
     assert not {"mask", "absent"} & ours.keys()
     assert_identical(ours, by_torch(path))
+
+
+@pytest.mark.parametrize("half_as", [None, torch.float32])
+def test_records_are_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_as: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(torchscript, "_PIECE", 5)
+    path = clip_like(tmp_path / "model.pt")
+    theirs = by_torch(path)
+    if half_as is not None:
+        theirs = {k: v.float() if v.dtype == torch.float16 else v for k, v in theirs.items()}
+    ours = read_archive(path, half_as=half_as)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert {ours[key].dtype for key in theirs} == {tensor.dtype for tensor in theirs.values()}
 
 
 def test_tensors_can_be_written_to(tmp_path: Path) -> None:
@@ -342,7 +357,11 @@ def test_incomplete_archive_is_refused(tmp_path: Path, missing: str) -> None:
         read_archive(target)
 
 
-def test_changed_bytes_of_a_record_are_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [2**19, 3])
+def test_changed_bytes_of_a_record_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(torchscript, "_PIECE", piece)
     path = assembled(tmp_path / "bad.pt", GOOD)
     content = path.read_bytes()
     stored = struct.pack("<4f", 1, 2, 3, 4)

@@ -231,7 +231,7 @@ def test_vifi_clip_checkpoint_borrows_the_token_embedding(
         fetched.append(name)
         return str(save(tmp_path, start, "published.pt"))
 
-    monkeypatch.setattr(weights, "_fetch", fetch)
+    monkeypatch.setattr(weights, "fetch", fetch)
     path = save(tmp_path, {"model": vifi_state(), "epoch": 9})
     model = actionclip.load(path)
     assert fetched == ["ViT-B/32"]

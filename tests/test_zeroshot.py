@@ -18,7 +18,7 @@ from video_files import write_video
 
 import actionclip
 from actionclip.__main__ import main as package_main
-from actionclip.cli import options, report, zeroshot
+from actionclip.cli import building, report, zeroshot
 from actionclip.errors import OutputError
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
 
@@ -268,7 +268,7 @@ def test_an_error_of_ours_is_exit_1_and_debug_shows_where(
     def fail(*arguments: object, **options: object) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr(options, "VideoClassifier", fail)
+    monkeypatch.setattr(building, "VideoClassifier", fail)
     code, _, err = run("a.mp4")
     assert code == 1
     assert err.startswith("actionclip-zeroshot: internal error, please report it: KeyError: 'oops'")
@@ -344,7 +344,7 @@ def test_signals_end_it_with_their_codes(folder: Path) -> None:
         assert json.loads(process.stdout.readline())["status"] == "error"
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
-        assert process.returncode == code
+        assert process.returncode == code, err
         assert "Traceback" not in err
 
 

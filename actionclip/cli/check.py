@@ -12,7 +12,7 @@ from tqdm import tqdm
 from actionclip.ahead import map_ahead
 from actionclip.annotations import Sample, describe
 from actionclip.classifier import VideoResult
-from actionclip.cli import command, options
+from actionclip.cli import command, data_options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.report import WRITERS, open_output, refuse_to_overwrite
 from actionclip.errors import InputError, VideoError
@@ -45,7 +45,7 @@ def build_parser() -> command.OneLineParser:
     parser.add_argument(
         "data", metavar="DATA", help="folder with a folder per class, or a list in a known format"
     )
-    options.add_data_options(parser)
+    data_options.add(parser)
     parser.add_argument(
         "--workers",
         type=int,
@@ -73,7 +73,7 @@ def check(args: argparse.Namespace) -> ExitCode:
     if args.workers < 1:
         raise InputError(f"--workers is {args.workers}, it must be at least 1")
     refuse_to_overwrite(args.output, (args.data, args.labels))
-    videos = options.read_data(args, args.data)
+    videos = data_options.read(args, args.data)
     for line in describe(videos):
         command.say(PROG, line)
     counts = {"ok": 0, "damaged": 0, "error": 0, "missing": 0}

@@ -25,7 +25,7 @@ from actionclip import __version__, distributed
 from actionclip.annotations import VideoList, keep_classes, read_video_list
 from actionclip.annotations import describe as describe_data
 from actionclip.classifier import VideoClassifier, VideoResult
-from actionclip.cli import command, options
+from actionclip.cli import building, command, data_options, options
 from actionclip.cli.command import ExitCode, one_line
 from actionclip.cli.plots import METRICS, draw_confusion, draw_ratios
 from actionclip.cli.report import open_output
@@ -86,7 +86,7 @@ def build_parser() -> command.OneLineParser:
         required=True,
         help="labelled videos: a folder with a folder for each class, or a list in a known format",
     )
-    options.add_data_options(data, several_splits=True)
+    data_options.add(data, several_splits=True)
     _add_class_options(parser)
     model = options.add_model_options(parser)
     model.add_argument(
@@ -187,7 +187,7 @@ class Outcome:
 
 def evaluate_data(args: argparse.Namespace) -> ExitCode:
     """Evaluate the model on the data; the first process reports."""
-    device = options.join_processes(args.device, PATIENCE_SECONDS)
+    device = building.join_processes(args.device, PATIENCE_SECONDS)
     try:
         is_first = distributed.rank() == 0
         if not is_first:
@@ -203,7 +203,7 @@ def evaluate_data(args: argparse.Namespace) -> ExitCode:
         hidden = not (is_first and sys.stderr.isatty())
         with tqdm(total=total, unit="video", disable=hidden, file=sys.stderr) as bar:
             for ratio, model in models(args, device):
-                classifier = options.build_classifier(args, protocol.class_names, model)
+                classifier = building.build_classifier(args, protocol.class_names, model)
                 outcomes.append(follow(protocol, classifier, ratio, lambda _: bar.update()))
     finally:
         distributed.stop()
@@ -337,7 +337,7 @@ def models(
     args: argparse.Namespace, device: torch.device
 ) -> Iterator[tuple[float | None, VideoTextModel]]:
     """Yield the models to evaluate, with their ratios if they stand between two others."""
-    model = options.load_model(args, device)
+    model = building.load_model(args, device)
     if args.interpolate is None:
         yield None, model
         return

@@ -6,11 +6,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
-from actionclip.classifier import VideoResult, top_labels
 from actionclip.cli.command import one_line
 from actionclip.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from actionclip.classifier import VideoResult
 
 BAR_WIDTH = 20
 # A full block and its left parts, an eighth at a time.
@@ -58,7 +60,7 @@ def refuse_to_overwrite(output: str | None, inputs: Iterable[str | None]) -> Non
             raise InputError(f"--output {output} is also an input; name another file")
 
 
-def row(result: VideoResult, top_k: int) -> dict[str, Any]:
+def row(result: "VideoResult", top_k: int) -> dict[str, Any]:
     """Return the result as the JSON object that the documentation describes.
 
     With `top_k` 0, of a command that predicts nothing, it has no predictions.
@@ -73,7 +75,7 @@ def row(result: VideoResult, top_k: int) -> dict[str, Any]:
     if top_k:
         values["predictions"] = []
     if top_k and result.prediction is not None:
-        best = top_labels(result.prediction.labels, result.prediction.scores, top_k)
+        best = cast(list[tuple[str, float]], result.prediction.top(top_k))
         values["predictions"] = [{"label": x, "score": round(score, 6)} for x, score in best]
     return values
 
@@ -85,7 +87,7 @@ class JsonLinesWriter:
         self.file = file
         self.top_k = top_k
 
-    def write(self, result: VideoResult) -> None:
+    def write(self, result: "VideoResult") -> None:
         self.file.write(json.dumps(row(result, self.top_k)) + "\n")
         self.file.flush()
 
@@ -100,7 +102,7 @@ class JsonWriter(JsonLinesWriter):
         super().__init__(file, top_k)
         self.separator = "[\n"
 
-    def write(self, result: VideoResult) -> None:
+    def write(self, result: "VideoResult") -> None:
         self.file.write(self.separator + json.dumps(row(result, self.top_k)))
         self.separator = ",\n"
 
@@ -120,7 +122,7 @@ class CsvWriter(JsonLinesWriter):
         self.csv = csv.DictWriter(file, columns, lineterminator="\n")
         self.csv.writeheader()
 
-    def write(self, result: VideoResult) -> None:
+    def write(self, result: "VideoResult") -> None:
         values = row(result, self.top_k)
         predictions = values.pop("predictions", [])
         if not predictions:
@@ -137,7 +139,7 @@ class TableWriter(JsonLinesWriter):
         super().__init__(file, top_k)
         self.blocks = BLOCKS if _can_encode(file, BLOCKS) else "#"
 
-    def write(self, result: VideoResult) -> None:
+    def write(self, result: "VideoResult") -> None:
         lines = [one_line(result.path)]
         if result.status != "ok" and self.top_k == 0:
             lines.append(f"  {result.reason}: {one_line(result.message or '')}")

@@ -26,7 +26,7 @@ from actionclip.annotations import (
     whole_videos,
 )
 from actionclip.augment import Augmentation, has_direction
-from actionclip.cli import command, options
+from actionclip.cli import building, command, data_options, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.plots import draw_curves
 from actionclip.errors import InputError, MissingExtraError, TrainingError
@@ -134,7 +134,7 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         help="folder with a folder per class, or a list in a known format",
     )
     data.add_argument("--val", metavar="DATA", help="likewise, to evaluate on after each epoch")
-    options.add_data_options(data, "the training data")
+    data_options.add(data, "the training data")
     data.add_argument("--val-split", metavar="S", help="part of --val, such as test1")
     data.add_argument(
         "--classes",
@@ -367,7 +367,7 @@ def train(args: argparse.Namespace) -> ExitCode:
             f"--loss contrastive contradicts --recipe {args.recipe}; take --recipe actionclip, "
             "with the options of the other that you want"
         )
-    device = options.join_processes(args.device, TIMEOUT_SECONDS)
+    device = building.join_processes(args.device, TIMEOUT_SECONDS)
     try:
         with stop_signals() as stopped_by:
             return _train(args, device, stopped_by)
@@ -502,7 +502,7 @@ def load_start(args: argparse.Namespace, recipe: Recipe, device: torch.device) -
 
 def read_data(args: argparse.Namespace) -> tuple[VideoList, VideoList | None]:
     """Read the lists, and say what they were taken for."""
-    videos = options.read_data(args, args.train)
+    videos = data_options.read(args, args.train)
     class_names = videos.class_names
     if args.classes is not None:
         names = pick_classes(args.classes, videos)
@@ -572,7 +572,7 @@ def build_recipe(args: argparse.Namespace, device: torch.device) -> Recipe:
         lock_scale=args.lock_scale,
         frame_position_std=args.frame_position_std,
         average_from=args.average_from,
-        precision=options.pick_precision(args.precision, device),
+        precision=building.pick_precision(args.precision, device),
         augmentation=None if args.no_augmentation else build_augmentation(args),
         seed=args.seed,
     )

@@ -1,19 +1,25 @@
-"""`actionclip-zeroshot`: recognise actions in video files among given labels."""
+"""`actionclip-zeroshot`: recognise actions in video files among given labels.
+
+What needs PyTorch is imported once the arguments are understood, so that help and mistakes
+do not wait for it.
+"""
 
 import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from actionclip.classifier import VideoResult
 from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.report import WRITERS, open_output, refuse_to_overwrite
 from actionclip.errors import InputError
 from actionclip.labels import read_labels
-from actionclip.video import find_videos
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from actionclip.classifier import VideoResult
 
 PROG = "actionclip-zeroshot"
 
@@ -74,17 +80,23 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
         raise InputError(f"--top-k is {args.top_k}, it must be at least 1")
     refuse_mixed_up_files(args)
     labels = read_labels(args.labels)
-    model = options.load_model(args, options.pick_device(args.device))
-    classifier = options.build_classifier(args, labels, model)
+    with command.quick_imports():
+        from actionclip.published import begin_fetch
+
+        begin_fetch(args.model)  # a published file is verified while PyTorch is imported
+        from actionclip.cli import building
+    model = building.load_model(args, building.pick_device(args.device))
+    classifier = building.build_classifier(args, labels, model)
     paths: Iterable[str] = expand(args.videos)
     if "-" not in args.videos:
         paths = list(paths)  # so that the progress bar knows where it ends
     counts = {"ok": 0, "damaged": 0, "error": 0}
     with open_output(args.output) as file:
         writer = WRITERS[args.format](file, args.top_k)
-        for result in progress(classifier.stream(paths), paths):
+        bar = progress(classifier.stream(paths), paths)
+        for result in bar:
             counts[result.status] += 1
-            with tqdm.external_write_mode(file=sys.stderr):
+            with bar.external_write_mode(file=sys.stderr):
                 writer.write(result)
                 if result.status != "ok":
                     command.say(PROG, f"{result.path}: {result.reason}: {result.message}")
@@ -116,6 +128,8 @@ def expand(names: Sequence[str]) -> Iterator[str]:
     A folder stands for the videos in it. One without videos is passed on, so that it
     is read as a folder of frames or gets a row that says why it cannot be.
     """
+    from actionclip.video import find_videos
+
     for name in names:
         for path in listed_on_stdin() if name == "-" else [name]:
             if os.path.isdir(path):
@@ -133,8 +147,10 @@ def listed_on_stdin() -> Iterator[str]:
             yield path
 
 
-def progress(results: Iterator[VideoResult], paths: Iterable[str]) -> Iterable[VideoResult]:
+def progress(results: Iterator["VideoResult"], paths: Iterable[str]) -> "tqdm[VideoResult]":
     """Show a bar on standard error, where that is a terminal and there is more than one video."""
+    from tqdm import tqdm
+
     total = len(paths) if isinstance(paths, list) else None
     hidden = not sys.stderr.isatty() or total == 1
     return tqdm(results, total=total, unit="video", disable=hidden, file=sys.stderr)
