@@ -8,7 +8,7 @@ normalises and encodes what comes from here.
 
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -76,6 +76,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def pin_memory(self) -> "Batch":
+        """Move the frames where a GPU copies them from while it computes; for DataLoader."""
+        return replace(self, frames=self.frames.pin_memory())
 
     def split(self, size: int | None) -> "list[Batch]":
         """Cut into batches of at most `size` samples, without their faults."""
@@ -279,13 +283,16 @@ class RunSampler(Sampler[list[tuple[int, int]]]):
             first = 0
 
 
-def build_loader(clips: TrainingClips, sampler: RunSampler, workers: int) -> DataLoader[Batch]:
-    """Return the batches of the run, read ahead by worker processes."""
+def build_loader(
+    clips: TrainingClips, sampler: RunSampler, workers: int, *, pinned: bool = False
+) -> DataLoader[Batch]:
+    """Return the batches of the run, read ahead by worker processes; `pinned` is for a GPU."""
     return DataLoader(
         clips,
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=join,
+        pin_memory=pinned,
         worker_init_fn=_ignore_signals,
         # Its seed is drawn when the loop starts and would change the global random state.
         generator=torch.Generator(),

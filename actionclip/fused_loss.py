@@ -16,10 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from actionclip.errors import InputError
 
-# A tile of logits and a second one to work in take 16 MiB: large enough for full speed of the
-# matrix products, small enough for the caches. Measured on 2 cores with AVX-512.
+# A tile of logits and a second one to work in take 8 MiB. On 2 cores with AVX-512 the matrix
+# products are as fast with any sides from 512 to 2048.
 TILE_ROWS = 1024
-TILE_COLUMNS = 2048
+TILE_COLUMNS = 1024
 
 # Target of a pair that does not match, as a fraction of the target of one that does.
 UNMATCHED = {"uniform": 0.0, "official": math.exp(-10)}
@@ -35,15 +35,16 @@ def fused_contrastive_kl(
 ) -> Tensor:
     """Return the rows' share of the loss; the arguments are those of the dense definition.
 
-    Both passes together take four products of N x N x D and memory for some (N, D) tensors.
-    Multi-hot labels have no class sums and take four more products, also block by block.
-    Rows that are not all rows take their two directions one after the other.
+    Both passes together take four products of N x N x D, one exponential of every logit each
+    and memory for some (N, D) tensors. Multi-hot labels have no class sums and take four more
+    products, also block by block. Where one shift does not suit the exponentials of all logits
+    the two directions are taken one after the other, as they are of rows that are not all rows.
 
     Source: ActionCLIP (arXiv:2109.08472), eq. 3 and 4.
     """
     video = scale * video
     count = len(labels)
-    matched = _sum_over_matches(video.new_ones(count, 1), labels, rows).squeeze(1)
+    matched = _count_matches(labels, rows).to(video.dtype)
     unmatched = count - matched
     # A row of the target has two values, which m matches and N - m others sum to 1.
     hit = 1 / (matched + unmatched * UNMATCHED[target])
@@ -51,26 +52,54 @@ def fused_contrastive_kl(
     negative_entropy = matched * hit * hit.log() + unmatched * torch.xlogy(miss, miss)
 
     def mean_logits(queries: Tensor, keys: Tensor) -> Tensor:
-        over_matches = torch.linalg.vecdot(queries, _sum_over_matches(keys, labels, rows))
-        return (hit - miss) * over_matches + miss * (queries @ keys.sum(0))
+        """Sum the logits' means under the target over the rows."""
+        over_matches = _sum_over_matches(hit - miss, queries, keys, labels, rows)
+        return over_matches + miss @ (queries @ keys.sum(0))
 
+    own_video, own_text, shift = video[rows], text[rows], None
     if len(matched) == count:
-        log_sums = _LogSumExps.apply(video, text, True)
+        own_video, own_text = video, text  # the gradient of a slice would be a copy
+        shift = _common_shift(video, text)
+    if shift is not None:
+        log_sums = _LogSumExps.apply(video, text, shift)
     else:
-        per_video = _LogSumExps.apply(video[rows], text, False)
-        log_sums = torch.cat([per_video, _LogSumExps.apply(text[rows], video, False)])
-    means = torch.cat([mean_logits(video[rows], text), mean_logits(text[rows], video)])
-    return (negative_entropy.repeat(2) + log_sums - means).sum() / (2 * count)
+        per_video = _LogSumExps.apply(own_video, text, None)
+        log_sums = torch.cat([per_video, _LogSumExps.apply(own_text, video, None)])
+    means = mean_logits(own_video, text) + mean_logits(own_text, video)
+    return (2 * negative_entropy.sum() + log_sums.sum() - means) / (2 * count)
 
 
-def _sum_over_matches(values: Tensor, labels: Tensor, rows: slice) -> Tensor:
-    """Sum the values (N, D) of all items that match, for each of the rows."""
+def _count_matches(labels: Tensor, rows: slice) -> Tensor:
+    """Count the items that match each of the rows."""
     if labels.ndim == 2:
-        alone = ~labels.any(1, keepdim=True)
-        return _SharedSums.apply(values, labels.to(values.dtype), rows) + (alone * values)[rows]
+        return _sums_over_matches(labels.new_ones(len(labels), 1).float(), labels, rows)[:, 0]
+    _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
+    return counts[classes[rows]]
+
+
+def _sum_over_matches(
+    weights: Tensor, queries: Tensor, keys: Tensor, labels: Tensor, rows: slice
+) -> Tensor:
+    """Sum the products of queries (n, D), one for each of the rows, and keys that match them.
+
+    Those of a row count as often as its weight says, which is the same for rows of one class.
+    """
+    if labels.ndim == 2:
+        return weights @ torch.linalg.vecdot(queries, _sums_over_matches(keys, labels, rows))
     names, classes = labels.unique(return_inverse=True)
-    sums = values.new_zeros(len(names), values.shape[1]).index_add(0, classes, values)
-    return sums.index_select(0, classes[rows])
+    zeros = keys.new_zeros(len(names), keys.shape[1])
+    per_class = weights.new_zeros(len(names)).index_copy(0, classes[rows], weights)
+    query_sums, key_sums = (
+        zeros.index_add(0, classes[rows], queries),
+        zeros.index_add(0, classes, keys),
+    )
+    return per_class @ torch.linalg.vecdot(query_sums, key_sums)
+
+
+def _sums_over_matches(values: Tensor, labels: Tensor, rows: slice) -> Tensor:
+    """Sum the values (N, D) of all items that match by multi-hot labels, for each of the rows."""
+    alone = ~labels.any(1, keepdim=True)
+    return _SharedSums.apply(values, labels.to(values.dtype), rows) + (alone * values)[rows]
 
 
 class _SharedSums(torch.autograd.Function):
@@ -100,56 +129,78 @@ def _match_blocks(labels: Tensor, rows: slice) -> Iterator[Tensor]:
         yield (some @ labels.T > 0).to(labels.dtype)
 
 
+@torch.no_grad()
+def _common_shift(video: Tensor, text: Tensor) -> float | None:
+    """Return what to subtract from all logits before exp, or None where nothing would suit all.
+
+    No sum of exp(logits - shift) over a row or a column may leave the range of its type, nor
+    lose what counts because it is too small. The texts have length 1.
+    """
+    # From exp(-room) on, what a sum loses below the smallest number is nothing beside it, and
+    # up to exp(room) there is room for the sum and for the reciprocals in the backward pass.
+    room = 2 / 3 * math.log(torch.finfo(video.dtype).max)
+    shift = max(0.0, float(video.norm(dim=1).max()) - room)
+    # The logarithm of a mean of exponentials is at least the mean.
+    means = torch.cat([video @ text.mean(0), text @ video.mean(0)])
+    lowest = float(means.min()) + math.log(len(video))
+    return shift if lowest > shift - room else None
+
+
 class _LogSumExps(torch.autograd.Function):
-    """Log-sum-exps of all rows of the logits x @ y.T, followed, if asked, by all columns'."""
+    """Log-sum-exps of all rows of the logits x @ y.T, followed, given a shift, by all columns'."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, columns: bool) -> Tensor:
-        over_rows, over_columns = _RunningLogSumExp(x), _RunningLogSumExp(y)
-        for logits, work, row, column in _tiles(x, y):
-            over_rows.add(row, logits, 1, work)
-            if columns:
-                over_columns.add(column, logits, 0, work)
-        results = torch.cat([over_rows.result()] + [over_columns.result()] * columns)
-        ctx.save_for_backward(x, y, results)
-        return results
+    def forward(ctx: Any, x: Tensor, y: Tensor, shift: float | None) -> Tensor:
+        if shift is None:
+            log_sums = shifts = _log_sums_of_rows(x, y)
+        else:
+            log_sums = _log_sums_of_both(x, y, shift)
+            shifts = torch.full_like(log_sums, shift)
+        ctx.save_for_backward(x, y, log_sums, shifts)
+        return log_sums
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         # `once_differentiable` would not notice: it looks at the incoming gradient alone.
         if torch.is_grad_enabled():
             raise InputError("the fused loss has no second derivative: pass fused=False")
-        x, y, results = ctx.saved_tensors
-        over_rows, over_columns = results[: len(x), None], results[len(x) :]
-        row_grad, column_grad = grad[: len(x), None], grad[len(x) :]
+        x, y, log_sums, shifts = ctx.saved_tensors
+        # The softmax over a row and that over a column differ by factors: one exp serves both.
+        factors = grad * (shifts - log_sums).exp()
+        row_factors, column_factors = factors[: len(x), None], factors[len(x) :]
+        row_shifts = shifts[: len(x), None]
         x_grad, y_grad = torch.zeros_like(x), torch.zeros_like(y)
-        for logits, logits_grad, row, column in _tiles(x, y):
-            torch.sub(logits, over_rows[row], out=logits_grad).exp_().mul_(row_grad[row])
-            if len(over_columns) > 0:
-                probs = logits.sub_(over_columns[column]).exp_()
-                logits_grad.addcmul_(probs, column_grad[column])
+        for logits, work, row, column in _tiles(x, y):
+            logits_grad = logits.sub_(row_shifts[row]).exp_()
+            if len(column_factors) > 0:
+                torch.add(row_factors[row], column_factors[column], out=work)
+                logits_grad.mul_(work)
+            else:
+                logits_grad.mul_(row_factors[row])
             x_grad[row].addmm_(logits_grad, y[column])
             y_grad[column].addmm_(logits_grad.T, x[row])
         return x_grad, y_grad, None
 
 
-class _RunningLogSumExp:
-    """Log-sum-exps that grow tile by tile, each kept as a maximum and a sum relative to it."""
+def _log_sums_of_both(x: Tensor, y: Tensor, shift: float) -> Tensor:
+    """Return the log-sum-exps of all rows and of all columns, with one shift for all logits."""
+    over_rows, over_columns = x.new_zeros(len(x)), y.new_zeros(len(y))
+    for logits, _, row, column in _tiles(x, y):
+        exps = logits.sub_(shift).exp_()
+        over_rows[row] += exps.sum(1)
+        over_columns[column] += exps.sum(0)
+    return torch.cat([over_rows, over_columns]).log_().add_(shift)
 
-    def __init__(self, items: Tensor) -> None:
-        self.maximum = items.new_full((len(items),), -math.inf)
-        self.total = items.new_zeros(len(items))
 
-    def add(self, where: slice, logits: Tensor, dim: int, work: Tensor) -> None:
-        """Take in a tile, reduced over `dim`; `work` is overwritten."""
-        maximum, total = self.maximum[where], self.total[where]
-        highest = torch.maximum(maximum, logits.amax(dim))
-        torch.sub(logits, highest.unsqueeze(dim), out=work).exp_()
-        total.mul_((maximum - highest).exp_()).add_(work.sum(dim))
-        maximum.copy_(highest)
-
-    def result(self) -> Tensor:
-        return self.total.log().add_(self.maximum)
+def _log_sums_of_rows(x: Tensor, y: Tensor) -> Tensor:
+    """Return the log-sum-exps of all rows, each kept as a maximum and a sum relative to it."""
+    maximum, total = x.new_full((len(x),), -math.inf), x.new_zeros(len(x))
+    for logits, _, row, _ in _tiles(x, y):
+        highest = torch.maximum(maximum[row], logits.amax(1))
+        total[row] *= (maximum[row] - highest).exp_()
+        total[row] += logits.sub_(highest[:, None]).exp_().sum(1)
+        maximum[row] = highest
+    return total.log_().add_(maximum)
 
 
 def _tiles(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, slice, slice]]:

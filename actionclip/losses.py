@@ -20,7 +20,7 @@ from actionclip.similarity import normalize
 Target = Literal["uniform", "official"]
 
 # Below, the dense loss is faster, or as fast; see benchmarks/results/loss.json.
-FUSED_FROM = 512
+FUSED_FROM = 1024
 
 
 def contrastive_kl(

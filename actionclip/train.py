@@ -2,9 +2,9 @@
 
 Plain PyTorch, one process or several under torchrun. The contrastive loss compares all videos of
 a step, over all processes, also where a process encodes them in several parts: embeddings are
-computed without gradients first, and again part by part once the loss has told each embedding
-its gradient (arXiv:2101.06983). The loss over classes is a sum over the videos, so that parts
-simply add their gradients.
+computed without gradients first, but for the first part, and again part by part once the loss
+has told each embedding its gradient (arXiv:2101.06983). The loss over classes is a sum over the
+videos, so that parts simply add their gradients.
 
 Nothing in a step depends on what happened outside of it: the state is the weights, the
 optimiser's moments and a few counters. Yields records for its caller to show; prints nothing.
@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from actionclip.annotations import VideoList
 from actionclip.averaging import RunningMean
-from actionclip.classifier import VideoClassifier, encode_prompts
+from actionclip.classifier import VideoClassifier
 from actionclip.conversion import config_to_json
 from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader
 from actionclip.distillation import Teacher
@@ -42,6 +42,7 @@ from actionclip.models.base import VideoTextModel
 from actionclip.models.layers import Transformer
 from actionclip.models.xclip import XCLIP
 from actionclip.precision import PRECISIONS
+from actionclip.prompt_encoding import encode_prompts
 from actionclip.prompts import class_prompts
 from actionclip.recipe import Recipe, build_optimizer, prepare, rate_at, set_train_mode
 from actionclip.runs import RunFolder
@@ -129,8 +130,9 @@ class Towers(nn.Module):
             Embeddings (B, D) of videos and of their sentences in fp32, and exp(logit_scale).
         """
         model = self.model
-        video = model.encode_video(normalize(frames, model.pixel_mean, model.pixel_std))
+        # The text encoder asks a GPU for the longest sentence, and would wait for the frames too.
         text = model.encode_text(tokens)[sentence]
+        video = model.encode_video(normalize(frames, model.pixel_mean, model.pixel_std))
         return video.float(), text.float(), model.clip.logit_scale.exp()
 
 
@@ -154,12 +156,13 @@ class ClassTowers(nn.Module):
             (K, D) of the sentences, all in fp32.
         """
         model = self.model
+        if text is None and model.linear is None:
+            text = model.encode_text(tokens).float()  # before the frames, as in `Towers`
         features = model.video_features(normalize(frames, model.pixel_mean, model.pixel_std))
         video = features[0].float()
-        if model.linear is not None:
-            return model.linear(video), video
         if text is None:
-            text = model.encode_text(tokens).float()
+            assert model.linear is not None
+            return model.linear(video), video
         return model.compare(features, text), video, text
 
 
@@ -329,7 +332,8 @@ class Trainer:
     def _steps(self) -> Iterator[Record]:
         if (yield from self._end_epoch()):
             return
-        loader = build_loader(self.clips, self._sampler(), self.running.workers)
+        on_gpu = self.model.device.type == "cuda"
+        loader = build_loader(self.clips, self._sampler(), self.running.workers, pinned=on_gpu)
         set_train_mode(self.model)
         since, first = time.monotonic(), self.progress.step
         for batch in loader:
@@ -360,10 +364,12 @@ class Trainer:
         norm = nn.utils.get_total_norm([_grad(p) for p in trained])
         if self.recipe.clip_gradient is not None:
             nn.utils.clip_grads_with_norm_(trained, self.recipe.clip_gradient, norm)
-        # What each process must tell all, in one exchange: NaN passes through it as it is.
-        mine = [float(loss), float(norm), self.should_stop(), len(batch.faults), batch.exhausted]
-        device = self.model.device
-        told, _ = gather_rows(torch.tensor([mine], device=device))
+        # What each process must tell all, in one exchange: NaN passes through it as it is. It is
+        # read at once too, because to read waits for a GPU.
+        flags = self._move(
+            torch.tensor([self.should_stop(), len(batch.faults), batch.exhausted], dtype=norm.dtype)
+        )
+        told, _ = gather_rows(torch.cat([torch.stack([loss, norm]), flags])[None])
         losses, norms, stops, faults, exhausted = told.T.tolist()
         if any(faults):
             self._count_bad(gather_objects(batch.faults), any(exhausted))
@@ -390,7 +396,7 @@ class Trainer:
         parts = batch.split(self.recipe.micro_batch)
         taught = None
         if self.teacher is not None:
-            taught = torch.cat([self._teach(part.frames.to(self.model.device)) for part in parts])
+            taught = torch.cat([self._teach(self._move(part.frames)) for part in parts])
         # All processes go the same way, or their exchanges would not meet: the first has most.
         largest = -(-self.recipe.batch_size // world_size())
         if largest <= (self.recipe.micro_batch or largest):
@@ -401,12 +407,12 @@ class Trainer:
 
         statistics = [buffer.clone() for buffer in self.model.buffers()]
         with torch.no_grad():
-            cached = [self._encode(self.towers, i, part) for i, part in enumerate(parts)]
+            others = [self._encode(self.towers, i, part) for i, part in enumerate(parts[1:], 1)]
         for buffer, before in zip(self.model.buffers(), statistics, strict=True):
-            buffer.copy_(before)  # the second pass counts
-        for embeddings in cached:
-            for x in embeddings:
-                x.requires_grad_()
+            buffer.copy_(before)  # the pass with gradients counts
+        with self._without_sync(len(parts) > 1):
+            first = self._encode(self.replica, 0, parts[0])
+        cached = [[x.detach().requires_grad_() for x in outputs] for outputs in (first, *others)]
         # Every part has the same temperature, which has no rows.
         whole = [
             torch.cat(column) if column[0].ndim else column[-1]
@@ -416,7 +422,7 @@ class Trainer:
         self.scaler.scale(loss * world_size()).backward()
         for i, (part, embeddings) in enumerate(zip(parts, cached, strict=True)):
             with self._without_sync(part is not parts[-1]):
-                again = self._encode(self.replica, i, part)
+                again = self._encode(self.replica, i, part) if i > 0 else first
                 pairs = [
                     (x, before.grad)
                     for x, before in zip(again, embeddings, strict=True)
@@ -448,33 +454,31 @@ class Trainer:
 
     def _parts(self, batch: Batch, mixture: Mixture | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the frames and targets (B, K) of as many videos as are encoded at a time."""
-        device, size = self.model.device, self.recipe.micro_batch or len(batch)
+        size = self.recipe.micro_batch or len(batch)
         num_classes = len(self.train.class_names)
         targets = class_targets(batch.labels, num_classes, self.recipe.label_smoothing)
         if mixture is None:
             for frames, part in zip(batch.frames.split(size), targets.split(size), strict=True):
-                yield frames.to(device), part.to(device)
+                yield self._move(frames), self._move(part)
             return
         targets = mix_targets(targets, targets[mixture.partner], mixture)
         parts = (batch.frames.split(size), targets.split(size), mixture.split(size))
         for frames, target, mixed in zip(*parts, strict=True):
-            partners = batch.frames[mixed.partner].to(device)
-            yield mix_frames(frames.to(device), partners, mixed), target.to(device)
+            partners = self._move(batch.frames[mixed.partner])
+            yield mix_frames(self._move(frames), partners, mixed), self._move(target)
 
     def _encode(self, towers: nn.Module, part: int, batch: Batch) -> tuple[Tensor, ...]:
         """Encode a part of a batch and its sentences, see `Towers`."""
         self._seed(part)
         tokens, sentence = batch.tokens.unique(dim=0, return_inverse=True)
-        device = self.model.device
-        inputs = (batch.frames.to(device), tokens.to(device), sentence.to(device))
         with self._autocast():
-            return towers(*inputs)
+            return towers(self._move(batch.frames), self._move(tokens), self._move(sentence))
 
     def _compare(self, towers: nn.Module, part: int, frames: Tensor) -> tuple[Tensor, ...]:
         """Compare a part of a batch with the classes, see `ClassTowers`."""
         self._seed(part)
         prompts = self._class_prompts()
-        tokens = self.clips.tokens[prompts].to(self.model.device)
+        tokens = self._move(self.clips.tokens[prompts])
         is_known = not self.learns_text and self.model.linear is None
         text = self._known_text[prompts] if is_known else None
         with self._autocast():
@@ -542,7 +546,7 @@ class Trainer:
         """Return this process's share of the loss over the videos of all processes."""
         video, text, scale = outputs
         both, rows = gather_rows(torch.stack([video, text], 1))
-        all_labels, _ = gather_rows(batch.labels.to(video.device))
+        all_labels, _ = gather_rows(self._move(batch.labels))
         all_video, all_text = both.unbind(1)
         loss = contrastive_kl(
             all_video,
@@ -553,6 +557,10 @@ class Trainer:
             rows=rows if world_size() > 1 else None,
         )
         return loss if taught is None else loss + self._distance(taught, video, text, batch.tokens)
+
+    def _move(self, x: Tensor) -> Tensor:
+        """Copy to the model's device, where there is another, without waiting for it."""
+        return x.to(self.model.device, non_blocking=True)
 
     def _autocast(self) -> torch.autocast:
         dtype = PRECISIONS[self.recipe.precision]
@@ -674,6 +682,7 @@ class Trainer:
                 val.class_names,
                 batch_size=EVALUATION_BATCH,
                 workers=self.running.workers,
+                text_cache=False,  # the weights are others each time
             )
             result = evaluate(
                 classifier,

@@ -385,6 +385,19 @@ def test_batches_that_cannot_be_filled() -> None:
     assert len(RunSampler(3, Recipe(batch_size=3, epochs=4), 0, 0, 3)) == 4
 
 
+def test_frames_for_a_gpu_are_pinned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = build(video_list(folder, ["0.mp4"] * 5), VARIED)
+    sampler = RunSampler(5, VARIED, 0, 0, 1)
+    assert not build_loader(clips, sampler, 0).pin_memory
+    assert build_loader(clips, sampler, 0, pinned=True).pin_memory
+    batch = clips[0, 0]
+    monkeypatch.setattr(Tensor, "pin_memory", lambda x: x // 2)  # needs a GPU
+    pinned = batch.pin_memory()
+    assert torch.equal(pinned.frames, batch.frames // 2)
+    assert pinned.paths == batch.paths
+    assert torch.equal(pinned.tokens, batch.tokens)
+
+
 def test_worker_processes_change_nothing(folder: Path) -> None:
     names = ["0.mp4", "text.mp4", "2.mp4", "damaged.mkv", "4.mp4"]
     clips = build(video_list(folder, names), VARIED)

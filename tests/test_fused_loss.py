@@ -1,10 +1,12 @@
 """The fused loss against the dense definition, and what it must not do: hold N x N numbers."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_losses import all_labels, all_targets, draw, draw_labels
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,6 +55,50 @@ def test_as_exact_as_the_definition_in_fp32(kind: str, target: Target) -> None:
         torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=atol)
 
 
+def alike(sign: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Draw videos that resemble one another, and texts that do, or all are their opposites."""
+    noise, other = draw(23, 8)
+    base = torch.linspace(1, 2, 8, dtype=torch.float64)
+    pair = base + noise.detach() / 5, sign * (base + other.detach() / 5)
+    video, text = (x.to(dtype).requires_grad_() for x in pair)
+    return video, text
+
+
+# In fp32 exp of these logits, near 100 and -100, leaves the range of the type.
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_exact_where_exp_alone_would_overflow_or_vanish(sign: float) -> None:
+    labels = draw_labels("single", 23)
+    exact = run(*alike(sign, torch.float64), labels, 100.0, "official", False)
+    single = run(*alike(sign, torch.float32), labels, 100.0, "official", True)
+    # The gradient of the scale is a difference of large numbers here, which fp32 cannot tell.
+    for mine, theirs in zip(single[:3], exact[:3], strict=True):
+        atol = 2e-5 * theirs.abs().max().item()
+        torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=atol)
+
+
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x.detach())
+
+
+def test_a_common_shift_only_where_it_suits_all() -> None:
+    video, text = map(unit, draw(23, 8, torch.float32))
+    assert fused_loss._common_shift(20 * video, text) == 0
+    shift = fused_loss._common_shift(100 * video, text)
+    assert shift is not None
+    assert 100 - shift + math.log(23) < math.log(torch.finfo(torch.float32).max)
+    near, far = (list(map(unit, alike(sign, torch.float32))) for sign in (1.0, -1.0))
+    assert fused_loss._common_shift(100 * near[0], near[1]) == pytest.approx(shift)
+    assert fused_loss._common_shift(100 * far[0], far[1]) is None
+    # One text that no video resembles is enough, and so is one video.
+    odd = near[1].clone()
+    odd[3] = -odd[3]
+    assert fused_loss._common_shift(100 * near[0], odd) is None
+    assert fused_loss._common_shift(100 * odd, near[0]) is None
+    assert fused_loss._common_shift(100 * near[0].double(), odd.double()) == 0
+    assert fused_loss._common_shift(near[0] * math.nan, text) is None
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("rows", [None, slice(2, 7)])
 @all_labels
@@ -72,6 +118,7 @@ class Costs(TorchDispatchMode):
         super().__init__()
         self.largest = 0
         self.products = 0
+        self.exponentials = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -81,16 +128,20 @@ class Costs(TorchDispatchMode):
         if name in ("mm", "addmm_"):
             a, b = args[-2:]
             self.products += a.shape[0] * a.shape[1] * b.shape[1]
+        if name in ("exp", "exp_"):
+            self.exponentials += out.numel()
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
         return out
 
 
-def costs(labels: Tensor, dim: int, fused: bool, rows: slice | None = None) -> Costs:
+def costs(
+    labels: Tensor, dim: int, fused: bool, rows: slice | None = None, scale: float = 9.0
+) -> Costs:
     video, text = draw(len(labels), dim)
     with Costs() as measured:
-        contrastive_kl(video, text, labels, 9.0, fused=fused, rows=rows).backward()
+        contrastive_kl(video, text, labels, scale, fused=fused, rows=rows).backward()
     return measured
 
 
@@ -110,6 +161,14 @@ def test_takes_four_products() -> None:
     assert costs(labels, 8, fused=True).products == 4 * square
     # A share takes its rows of both directions, each product once.
     assert costs(labels, 8, fused=True, rows=slice(10, 30)).products == 4 * square
+    # No common shift suits logits that far apart.
+    assert costs(labels, 8, fused=True, scale=1e5).products == 8 * square
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_takes_one_exponential_of_each_logit_and_pass() -> None:
+    exponentials = costs(draw_labels("single", 40), 8, fused=True).exponentials
+    assert exponentials == 2 * 40 * 40 + 2 * 40
 
 
 def test_a_second_derivative_is_refused() -> None:

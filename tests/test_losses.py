@@ -187,7 +187,7 @@ def test_computes_in_fp32_also_under_autocast(dtype: torch.dtype, fused: bool) -
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize(("count", "expected"), [(499, "dense"), (600, "fused")])
+@pytest.mark.parametrize(("count", "expected"), [(999, "dense"), (1100, "fused")])
 def test_chooses_by_the_size_of_the_batch(
     count: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

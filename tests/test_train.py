@@ -312,6 +312,28 @@ def test_parts_and_recomputation_change_nothing(data: Path, tmp_path: Path) -> N
         assert_same_weights(weights, state)
 
 
+def test_parts_are_encoded_twice_but_for_the_first(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+    forward = Towers.forward
+
+    def noted(towers: Towers, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = forward(towers, *inputs)
+        encoded.append((torch.is_grad_enabled(), outputs[0].detach()))
+        return outputs
+
+    monkeypatch.setattr(Towers, "forward", noted)
+    finish(build(data, tmp_path, replace(RECIPE, epochs=1), val=False))
+    assert len(encoded) == 2 * 5
+    for step in (encoded[:5], encoded[5:]):
+        kinds = [(learns, len(videos)) for learns, videos in step]
+        assert kinds == [(False, 2), (False, 1), (True, 2), (True, 2), (True, 1)]
+        # What is random is the same both times.
+        assert torch.equal(step[0][1], step[3][1])
+        assert torch.equal(step[1][1], step[4][1])
+
+
 def test_recomputation_repeats_what_was_drawn(
     data: Path, tmp_path: Path, whole: tuple[str, dict[str, Any]]
 ) -> None:
