@@ -15,7 +15,12 @@ Result = TypeVar("Result")
 
 
 def map_ahead(
-    work: Callable[[Item], Result], items: Iterable[Item], workers: int, name: str
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    name: str,
+    *,
+    batch: int = 1,
 ) -> Generator[Result, None, None]:
     """Do the same work on every item, and yield the results in the order of the items.
 
@@ -23,9 +28,10 @@ def map_ahead(
 
     Args:
         work: called in a thread; what it raises is raised here, in its item's turn.
-        items: any number; at most two a worker are taken ahead of the results.
+        items: any number, taken ahead of the results: at most one a worker and the next batch.
         workers: threads; 0 works in turn, in the thread of the caller.
         name: of the threads.
+        batch: results that the caller collects before it is busy for a while.
     """
     if workers == 0:
         yield from map(work, items)
@@ -34,9 +40,10 @@ def map_ahead(
     executor = ThreadPoolExecutor(workers, thread_name_prefix=f"actionclip-{name}")
     waiting: deque[Future[Result]] = deque()
     try:
-        # Two items a worker: one in hand, one done, so that a slow one holds up few.
+        # One item in hand and, however small the batch, one done, so that a slow one holds up few.
+        ahead = workers + max(workers, batch)
         while True:
-            room = 2 * workers - len(waiting)
+            room = ahead - len(waiting)
             waiting.extend(executor.submit(work, item) for item in islice(source, room))
             if not waiting:
                 return

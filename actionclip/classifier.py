@@ -99,7 +99,8 @@ class VideoClassifier:
             model's exp(logit_scale). The default is that of the official evaluation: 100 for
             ActionCLIP, exp(logit_scale) for X-CLIP.
         batch_size: views that the model encodes at a time.
-        workers: threads that decode videos ahead of the model; 0 decodes in turn.
+        workers: threads that decode videos ahead of the model, or together a video that is alone
+            on a list; 0 decodes in turn.
         limits: what a video file may cost; None is the default `Limits()`.
         strict: whether a damaged video is an error instead of being scored by what is left.
         text_cache: keep the text embeddings of many labels on disk, beside downloaded files,
@@ -280,7 +281,9 @@ class VideoClassifier:
         pending: list[_Outcome] = []
         # The views of the next batch are cut while the model is busy with this one.
         batch = math.ceil(self.batch_size / (self.num_clips * self.num_crops))
-        for outcome in map_ahead(self._prepare, videos, self.workers, "decode", batch=batch):
+        is_alone = isinstance(videos, Sequence) and len(videos) == 1
+        prepare = partial(self._prepare, threads=max(1, self.workers) if is_alone else 1)
+        for outcome in map_ahead(prepare, videos, self.workers, "decode", batch=batch):
             pending.append(outcome)
             ready = sum(len(o.views) for o in pending if o.views is not None)
             if ready == 0 or ready >= self.batch_size:
@@ -288,7 +291,7 @@ class VideoClassifier:
                 pending = []
         yield from self._score(pending)
 
-    def _prepare(self, video: Video | Tensor) -> "_Outcome":
+    def _prepare(self, video: Video | Tensor, threads: int = 1) -> "_Outcome":
         """Cut the views (V, T, 3, R, R) of one video, or note why it cannot be used."""
         cut = partial(views, preprocessing=self.preprocessing, num_crops=self.num_crops)
         if isinstance(video, Tensor):
@@ -315,6 +318,7 @@ class VideoClassifier:
                 transform=cut,
                 limits=self.limits,
                 strict=self.strict,
+                threads=threads,
             )
         except VideoError as error:
             return _Outcome(name, error=error)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from actionclip.errors import InputError
 from actionclip.models.base import VideoTextModel
 from actionclip.models.clip import VisionTransformer
 from actionclip.models.layers import MLP, QuickGELU, ResidualAttentionBlock, Transformer
@@ -42,6 +43,9 @@ def pack(model: VideoTextModel, *, compile: bool = False) -> VideoTextModel:
 
     Returns:
         A model that gives the same results in inference mode. Its text encoder is the model's.
+
+    Raises:
+        InputError: from the first call, if `compile` finds no compiler that works.
     """
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared)
@@ -61,12 +65,24 @@ def pack(model: VideoTextModel, *, compile: bool = False) -> VideoTextModel:
 
 
 def _compiled(model: VideoTextModel) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Compile what makes features of videos."""
-    if model.device.type != "cuda":
-        return torch.compile(model.video_features)
-    features = torch.compile(model.video_features, mode="reduce-overhead")
-    # The next call writes into the same memory.
-    return lambda videos: tuple(feature.clone() for feature in features(videos))
+    """Compile what makes features of videos, at the first call."""
+    from torch._dynamo.exc import BackendCompilerFailed  # imports half of PyTorch
+
+    on_gpu = model.device.type == "cuda"
+    compiled = torch.compile(model.video_features, mode="reduce-overhead" if on_gpu else None)
+
+    def video_features(videos: Tensor) -> tuple[Tensor, ...]:
+        try:
+            features = compiled(videos)
+        except BackendCompilerFailed as error:
+            reason = str(error.inner_exception).splitlines()[0]
+            raise InputError(
+                f"the image encoder cannot be compiled here ({reason}); do without compile"
+            ) from error
+        # The next call writes into the same memory.
+        return tuple(feature.clone() for feature in features) if on_gpu else features
+
+    return video_features
 
 
 def _blocks(transformer: Transformer) -> Iterable[ResidualAttentionBlock]:

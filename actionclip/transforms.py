@@ -10,6 +10,7 @@ Source: CLIP's preprocessing and ActionCLIP's evaluation, which use Pillow.
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,14 +74,24 @@ def views(frames: Tensor, preprocessing: Preprocessing, num_crops: int = 1) -> T
         )
     size = preprocessing.resolution
     if num_crops == 1:
-        resized = resize_short_side(frames, preprocessing.resize, preprocessing.interpolation)
-        # A copy, because a crop would keep the whole resized frame in memory.
-        return center_crop(resized, size).unsqueeze(0).clone()
+        return _resized_center(frames, preprocessing).unsqueeze(0)
     if num_crops == 3:
         # The three squares span the whole short side, so nothing is cut from it.
         resized = resize_short_side(frames, size, preprocessing.interpolation)
         return three_crops(resized)
     raise InputError(f"num_crops is {num_crops}; use 1 or 3")
+
+
+def _resized_center(frames: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Return the centre crop of the resized frames, with little resized that is cut off."""
+    height, width = _resized(frames, preprocessing.resize)
+    size = preprocessing.resolution
+    # Resizing goes along the rows first, with rounded pixels in between, and so does this.
+    rows = _resize(frames, (frames.shape[-2], width), preprocessing.interpolation)
+    columns = _center(rows, -1, size)
+    resized = _resize(columns, (height, size), preprocessing.interpolation)
+    # A copy, because a crop would keep the whole resized frame in memory.
+    return torch.from_numpy(_center(resized, -2, size).numpy().copy())
 
 
 def resize_short_side(
@@ -98,16 +109,27 @@ def resize_short_side(
     Returns:
         (..., 3, h, w) uint8; the input itself if it has the size already.
     """
+    return _resize(frames, _resized(frames, size), interpolation)
+
+
+def _resized(frames: Tensor, size: int) -> tuple[int, int]:
+    """Return the height and width at which the short side has `size` pixels."""
     height, width = frames.shape[-2:]
-    short, long = min(height, width), max(height, width)
-    if short == size:
+    new_long = int(size * max(height, width) / min(height, width))
+    return (size, new_long) if height <= width else (new_long, size)
+
+
+def _resize(frames: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """Resize frames (..., 3, H, W) to a height and width."""
+    if frames.shape[-2:] == size:
         return frames
-    new_long = int(size * long / short)
-    new_size = (size, new_long) if height <= width else (new_long, size)
-    # With the channels last in memory, as the decoder leaves them, this is twice as fast.
-    images = frames.reshape(-1, *frames.shape[-3:]).contiguous(memory_format=torch.channels_last)
-    resized = F.interpolate(images, new_size, mode=interpolation, antialias=True)
-    return resized.reshape(*frames.shape[:-2], *new_size)
+    # With the channels innermost, as the decoder leaves them, this is twice as fast. The strides
+    # have to say so even of a single frame, or it is laid out anew. NumPy copies on one thread:
+    # PyTorch would start threads of its own beside each of those that decode.
+    pixels = np.ascontiguousarray(frames.movedim(-3, -1).numpy())
+    images = torch.from_numpy(pixels).reshape(-1, *pixels.shape[-3:]).permute(0, 3, 1, 2)
+    resized = F.interpolate(images, size, mode=interpolation, antialias=True)
+    return resized.reshape(*frames.shape[:-2], *size)
 
 
 def center_crop(frames: Tensor, size: int) -> Tensor:
@@ -121,9 +143,13 @@ def center_crop(frames: Tensor, size: int) -> Tensor:
         raise InputError(
             f"frames of {width}x{height} pixels are too small for a crop of {size}; resize them"
         )
+    return _center(_center(frames, -2, size), -1, size)
+
+
+def _center(frames: Tensor, dim: int, size: int) -> Tensor:
+    """Return the middle `size` rows or columns of frames, as a view of them."""
     # Python rounds halves to even, and so do CLIP and ActionCLIP.
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return frames[..., top : top + size, left : left + size]
+    return frames.narrow(dim, round((frames.shape[dim] - size) / 2), size)
 
 
 def three_crops(frames: Tensor) -> Tensor:

@@ -29,6 +29,21 @@ def test_results_come_in_order_and_few_items_are_taken(workers: int) -> None:
     assert threads() == []
 
 
+@pytest.mark.parametrize(("batch", "ahead"), [(1, 4), (2, 4), (5, 7)])
+def test_the_next_batch_is_done_while_the_caller_is_busy(batch: int, ahead: int) -> None:
+    done = threading.Semaphore(0)
+    taken = []
+    results = map_ahead(
+        lambda _: done.release(), map(taken.append, range(99)), 2, "test", batch=batch
+    )
+    next(results)
+    for _ in range(ahead):
+        assert done.acquire(timeout=20)
+    assert not done.acquire(blocking=False)
+    assert len(taken) == ahead
+    results.close()
+
+
 def test_workers_work_side_by_side() -> None:
     barrier = threading.Barrier(2, timeout=20)
     assert list(map_ahead(lambda _: barrier.wait() >= 0, range(4), 2, "test")) == [True] * 4

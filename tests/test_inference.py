@@ -13,6 +13,7 @@ from torch import Tensor
 
 from actionclip import inference
 from actionclip.classifier import VideoClassifier
+from actionclip.errors import InputError
 from actionclip.inference import Product, pack
 from actionclip.models.actionclip import TEMPORAL, ActionCLIP, ActionCLIPConfig
 from actionclip.models.base import VideoTextModel
@@ -235,3 +236,13 @@ def test_compiled(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
             packed.video_features(batch), model.video_features(batch), strict=True
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no compiler found")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    packed = pack(small("meanp"), compile=True)
+    with pytest.raises(InputError, match=r"cannot be compiled here \(no compiler found\)"):
+        packed.video_features(videos())

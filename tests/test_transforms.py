@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from actionclip.errors import InputError
@@ -84,6 +85,30 @@ def test_resize_is_pillows(size, interpolation, pil):
     # Measured: at most 2, on average at most 0.0175 (8x8, bilinear).
     assert largest <= 2
     assert mean <= 0.02
+
+
+@pytest.mark.parametrize(
+    "size", [(320, 240), (241, 427), (256, 340), (301, 300), (90, 61), (33, 500), (64, 64), (7, 9)]
+)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize(("resolution", "resize"), [(64, 64), (56, 64), (33, 50)])
+def test_one_view_is_the_centre_of_the_whole_resized_frame(size, interpolation, resolution, resize):
+    width, height = size
+    scale = resize / min(size)
+    new_size = [resize if side == min(size) else int(side * scale + 1e-9) for side in size]
+    whole = F.interpolate(
+        frame(*size)[None], (new_size[1], new_size[0]), mode=interpolation, antialias=True
+    )
+    left, top = (round((side - resolution) / 2) for side in new_size)
+    expected = whole[..., top : top + resolution, left : left + resolution]
+    preprocessing = Preprocessing(resolution, resize, interpolation=interpolation)
+    assert torch.equal(views(frame(width, height), preprocessing), expected)
+
+
+def test_resizing_leaves_the_channels_innermost():
+    # Else each frame is laid out anew, which takes as long as resizing it.
+    for source in (frame(40, 30), torch.stack([frame(40, 30)] * 2)):
+        assert resize_short_side(source, 24).movedim(-3, -1).is_contiguous()
 
 
 def test_resize_leaves_the_right_size_alone():
