@@ -91,7 +91,8 @@ def _resized_center(frames: Tensor, preprocessing: Preprocessing) -> Tensor:
     columns = _center(rows, -1, size)
     resized = _resize(columns, (height, size), preprocessing.interpolation)
     # A copy, because a crop would keep the whole resized frame in memory.
-    return torch.from_numpy(_center(resized, -2, size).numpy().copy())
+    pixels = _center(resized, -2, size).movedim(-3, -1).numpy().copy()
+    return torch.from_numpy(pixels).movedim(-1, -3)
 
 
 def resize_short_side(

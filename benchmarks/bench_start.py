@@ -6,11 +6,11 @@ One rendered 10-second clip, 10 labels, a ViT-B/32 with random weights; every co
 fresh process, files are in the cache of the system. `ours` is `python -m actionclip zeroshot`
 with OpenAI's archive, 16 sentences a label; `ours, safetensors` with the same weights saved in
 fp32; `ours, X-CLIP` with a Hugging Face folder and the labels alone. `original` was assembled for
-this test, as the original code has no such command: torch.jit.load, a module initialised and
-filled in fp32, every frame decoded, PIL, 160 sentences of 77 tokens. `transformers X-CLIP` reads
-the same folder; its frames are decoded and resized likewise, and its labels come as token ids.
-Scores are compared first. The floor is `python -c "import torch, av"`. The stages are those of
-`ours`, timed around its functions from outside.
+this test, as the original code has no such command: torch.jit.load, modules with the original
+arithmetic, initialised and filled in fp32, every frame decoded, PIL, 160 sentences of 77 tokens.
+`transformers X-CLIP` reads the folder of `ours, X-CLIP` and is compared with it; its frames are
+prepared likewise, and its labels come as token ids. Scores are compared first. The floor is
+`python -c "import torch, av"`. The stages are those of `ours`, timed around its functions.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 LABELS = (
@@ -56,16 +57,22 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 def original(video: str, weights: str) -> list[float]:
     """Score a video the way the original code and the notebooks around it do."""
     import torch
+    from bench_encode import OriginalCLIP
 
     from actionclip.models.clip import CLIP
     from actionclip.prompts import TEMPLATES, fill_templates
     from actionclip.published import MODELS
     from actionclip.tokenizer import tokenize
+    from actionclip.weights import _Unfilled
 
     state = torch.jit.load(weights, map_location="cpu").state_dict()
-    model = CLIP(MODELS["ViT-B/32"].config.clip)
-    model.load_state_dict({key: state[key].float() for key in model.state_dict()})
-    model.eval()
+    config = MODELS["ViT-B/32"].config.clip
+    model = OriginalCLIP(config)
+    with _Unfilled():  # only holds what is around the blocks, which are initialised above
+        source = CLIP(config)
+    wanted = {key: state[key].float() for key in source.state_dict()}
+    source.load_state_dict(wanted, assign=True)
+    model.take(SimpleNamespace(clip=source))
     with torch.no_grad():
         video_embedding = model.encode_image(pixels(video, 256, "actionclip")).mean(0)
         tokens = tokenize(fill_templates(TEMPLATES["actionclip"], LABELS))

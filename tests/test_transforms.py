@@ -109,6 +109,7 @@ def test_resizing_leaves_the_channels_innermost():
     # Else each frame is laid out anew, which takes as long as resizing it.
     for source in (frame(40, 30), torch.stack([frame(40, 30)] * 2)):
         assert resize_short_side(source, 24).movedim(-3, -1).is_contiguous()
+        assert views(source, ACTIONCLIP)[0].movedim(-3, -1).is_contiguous()
 
 
 def test_resize_leaves_the_right_size_alone():

@@ -3,6 +3,10 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -24,7 +28,7 @@ from video_files import (
     write_video,
 )
 
-from actionclip import video
+from actionclip import packet_index, video
 from actionclip.errors import InputError, VideoError
 from actionclip.video import Limits, Span, decode, find_videos, read_frames
 
@@ -116,9 +120,9 @@ def index_sets(n):
     return [list(range(n)), *([i] for i in singles), *drawn]
 
 
-def assert_exact(path, expected):
+def assert_exact(path, expected, threads=1):
     for indices in index_sets(len(expected)):
-        frames = read_frames(path, indices)
+        frames = read_frames(path, indices, threads=threads)
         assert frames.dtype == torch.uint8
         np.testing.assert_array_equal(frames.numpy(), np.stack([expected[i] for i in indices]))
 
@@ -141,6 +145,234 @@ def test_chosen_frames_equal_decoding_everything(kind, sequential):
     assert_exact(path, expected)
     if is_planned is not None:
         assert bool(sequential) is not is_planned
+
+
+# Threads
+
+
+@pytest.fixture
+def always_shared(monkeypatch):
+    """Share even the smallest work among threads, and list the plans."""
+    plans = []
+    original = packet_index.make_plan
+
+    def listed(*arguments):
+        plans.append(original(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(video, "make_plan", listed)
+    monkeypatch.setattr(packet_index, "_LEAST_WORK", 0)
+    monkeypatch.setattr(packet_index, "_LEAST_BYTES", 0)
+    return plans
+
+
+def test_threads_change_nothing(kind, sequential, always_shared):
+    path, expected, is_planned = kind
+    for threads in (2, 8):
+        assert_exact(path, expected, threads)
+    if is_planned is not None:
+        assert bool(sequential) is not is_planned
+    if is_planned and len(expected) > 30:
+        assert {plan.workers > 1 or plan.decoder_threads > 1 for plan in always_shared} == {True}
+    assert threading.active_count() == 1
+
+
+def test_threads_inside_of_threads(h264_video, always_shared):
+    expected = read_frames(h264_video, [0, 20, 40, 59])
+    with ThreadPoolExecutor(4) as pool:
+        results = [
+            pool.submit(read_frames, h264_video, [0, 20, 40, 59], threads=3) for _ in range(20)
+        ]
+    assert all(torch.equal(result.result(), expected) for result in results)
+    assert {plan.workers for plan in always_shared} == {1, 3}
+
+
+def test_every_decoder_takes_part(h264_video, always_shared):
+    names, gate = set(), threading.Barrier(3, timeout=20)
+    original = video._stretch_frames
+
+    def met(*arguments):
+        if threading.current_thread().name not in names:
+            names.add(threading.current_thread().name)
+            gate.wait()
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(video, "_stretch_frames", met)
+        frames = read_frames(h264_video, [0, 20, 40, 59], threads=3)
+    assert len(names) == 3
+    assert torch.equal(frames, read_frames(h264_video, [0, 20, 40, 59]))
+
+
+@pytest.mark.parametrize("in_helper", [True, False])
+@pytest.mark.parametrize("error", [OSError("disk of the transform"), KeyboardInterrupt("now")])
+def test_an_error_in_any_thread_stops_all(in_helper, error, h264_video, always_shared):
+    main = threading.current_thread()
+    failed, after = [], []
+
+    def fail(frame):
+        if failed:
+            after.append(frame)
+        elif (threading.current_thread() is not main) is in_helper:
+            failed.append(frame)
+            raise error
+        time.sleep(0.01)  # so that the other thread has its share
+        return frame
+
+    with pytest.raises(type(error), match=str(error)):
+        read_frames(h264_video, range(60), transform=fail, threads=2)
+    assert failed
+    assert len(after) < 3
+    assert threading.active_count() == 1
+
+
+def test_a_surprise_in_any_thread_decodes_all(h264_video, sequential, always_shared, monkeypatch):
+    main = threading.current_thread()
+    original = video._take
+
+    def surprised(*arguments):
+        if threading.current_thread() is not main:
+            raise packet_index.SurpriseError
+        time.sleep(0.01)  # so that the other thread has its share
+        original(*arguments)
+
+    monkeypatch.setattr(video, "_take", surprised)
+    frames = read_frames(h264_video, range(60), threads=2)
+    assert len(sequential) == 1
+    np.testing.assert_array_equal(frames.numpy(), np.stack(decode_plainly(h264_video)))
+
+
+def test_the_time_limit_holds_for_every_thread(h264_video, always_shared):
+    def wait(frame):
+        time.sleep(0.2)
+        return frame
+
+    with pytest.raises(VideoError, match=r"over 0\.1 seconds; raise max_seconds"):
+        read_frames(
+            h264_video, range(60), transform=wait, threads=3, limits=Limits(max_seconds=0.1)
+        )
+
+
+def test_transforms_run_one_at_a_time(h264_video, always_shared):
+    running, most = [], []
+
+    def count(frame):
+        running.append(frame)
+        time.sleep(0.001)
+        most.append(len(running))
+        running.pop()
+        return frame
+
+    frames = read_frames(h264_video, range(60), transform=count, threads=4)
+    assert most == [1] * 60
+    assert torch.equal(frames, read_frames(h264_video, range(60)))
+
+
+def test_a_change_of_size_is_left_to_the_definition(tmp_path, sequential, always_shared):
+    path = write_two_sizes(tmp_path / "a.mkv", 12, [(96, 64), (64, 64)])
+    frames = read_frames(path, [20, 3])
+    for threads in (2, 3):
+        assert torch.equal(read_frames(path, [20, 3], threads=threads), frames)
+    assert len(sequential) == 3
+
+
+def test_threads_below_one(h264_video):
+    with pytest.raises(InputError, match=r"threads is 0 for .*h264.mp4; use 1 or more"):
+        read_frames(h264_video, [0], threads=0)
+
+
+# What is decoded, and how it is opened
+
+
+def without_vui(path):
+    """Clear vui_parameters_present_flag of a progressive High stream (ITU-T H.264, 7.3.2.1.1)."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"\x67", data.index(b"avcC"))  # NAL unit of the SPS
+    bits = "".join(f"{byte:08b}" for byte in data[start : start + 60])
+    at = 32
+
+    def golomb():
+        nonlocal at
+        zeros = bits.index("1", at) - at
+        at += 2 * zeros + 1
+        return int(bits[at - zeros - 1 : at], 2) - 1
+
+    assert data[start + 1] == 100
+    for _ in range(4):  # id, chroma format, bit depths
+        golomb()
+    at += 2  # no scaling matrices
+    golomb()
+    assert golomb() == 0  # the type of picture order count
+    golomb()
+    golomb()
+    at += 1
+    golomb()
+    golomb()
+    at += 2
+    if bits[at] == "1":
+        at += 1
+        for _ in range(4):
+            golomb()
+        at -= 1
+    at += 1
+    assert bits[at] == "1"
+    data[start + at // 8] &= ~(128 >> at % 8)
+    path.write_bytes(data)
+
+
+def test_frames_in_another_order_than_a_header_says(tmp_path, sequential):
+    options = {"x264-params": "b-adapt=0:b-pyramid=normal"}
+    path = write_video(tmp_path / "a.mp4", 60, gop=60, bframes=7, options=options)
+    without_vui(path)
+    expected = decode_plainly(path)
+    assert len(expected) == 60
+    assert_exact(path, expected)
+    assert not sequential
+
+
+@pytest.mark.parametrize("sizes", [[(64, 64), (96, 64)], [(96, 64), (64, 64)]])
+def test_of_several_videos_the_best_is_read(sizes, tmp_path, sequential):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as output:
+        streams = [output.add_stream("libx264", rate=25) for _ in sizes]
+        for stream, size in zip(streams, sizes, strict=True):
+            stream.width, stream.height = size
+        for i in range(20):
+            for stream, size in zip(streams, sizes, strict=True):
+                frame = av.VideoFrame.from_ndarray(picture(i, *size), format="rgb24")
+                frame.pts, frame.time_base = i, Fraction(1, 25)
+                output.mux(stream.encode(frame))
+        for stream in streams:
+            output.mux(stream.encode(None))
+    assert_exact(path, decode_plainly(path))
+    assert not sequential
+
+
+def test_no_frame_is_decoded_to_open_a_file(h264_video):
+    source = video._Source(str(h264_video), Span(h264_video), None, Limits(), float("inf"))
+    with video._open(source, str(h264_video), is_probed=False) as container:
+        assert container.streams.video[0].codec_context.pix_fmt is None
+    with video._open(source, str(h264_video)) as container:
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+
+
+def test_libav_also_takes_the_spare_frames_for_such(kind):
+    path = kind[0]
+    source = video._Source(str(path), Span(path), None, Limits(), float("inf"))
+    opened = video._open_for_plan(source)
+    if opened is None or not opened.can_skip():
+        pytest.skip("nothing can be skipped")
+    with opened.container:
+        index = video._scan(opened)
+    with av.open(str(path)) as container:
+        stream = container.streams.best("video")
+        stream.codec_context.skip_frame = "NONREF"
+        decoded = {frame.pts for frame in container.decode(stream)}
+    spare = set(index.pts[index.is_spare].tolist())
+    if kind[2]:
+        assert spare == set(index.pts.tolist()) - decoded
+    else:  # interlaced frames come with messages, and stay
+        assert not spare & decoded
 
 
 def test_only_a_part_is_decoded(h264_video, monkeypatch):
@@ -170,18 +402,6 @@ def test_frames_that_no_other_needs_are_skipped(h264_video, monkeypatch):
     monkeypatch.setattr(video, "_stretch_frames", counted)
     read_frames(h264_video, [11])
     assert 0 < len(decoded) < 12
-
-
-def test_stretches_join_where_they_touch():
-    # Two GOPs of 4 packets, in file order I0 P3 B1 B2 | I6 B4 B5 P7: 4 and 5 also need I0.
-    pts = np.array([0, 3, 1, 2, 6, 4, 5, 7])
-    order = np.argsort(pts)
-    index = video.PacketIndex(pts, pts, pts < 0, order, np.array([0, 4]), order, True)
-    assert index.stretches([2]) == [(0, 2)]
-    assert index.stretches([7]) == [(4, 7)]
-    assert index.stretches([1, 7]) == [(0, 1), (4, 7)]
-    assert index.stretches([3, 7]) == [(0, 3), (4, 7)]
-    assert index.stretches([7, 5]) == [(0, 7)]
 
 
 def test_temporal_layers_forbid_skipping_in_hevc(tmp_path):
@@ -461,6 +681,16 @@ def test_a_cut_file_without_its_index_is_an_error(h264_video, tmp_path):
         read_frames(path, [0])
 
 
+@pytest.mark.parametrize("threads", [2, 3])
+def test_damage_is_the_same_with_threads(threads, concealed_video, damaged_video, always_shared):
+    for path in (concealed_video, damaged_video):
+        one = decode(path, lambda n: [0, 22, 26, n - 1])
+        many = decode(path, lambda n: [0, 22, 26, n - 1], threads=threads)
+        assert one.damaged
+        assert many.damage == one.damage
+        assert torch.equal(many.frames, one.frames)
+
+
 @pytest.fixture
 def damaged_video(h264_video, tmp_path):
     """60 packets, of which 20 to 22 in file order are overwritten."""
@@ -484,14 +714,20 @@ def test_bad_packets_are_skipped_and_counted(damaged_video):
         read_frames(damaged_video, [22], strict=True)
 
 
-def test_concealed_damage_is_counted(h264_video, tmp_path):
+@pytest.fixture
+def concealed_video(h264_video, tmp_path):
+    """60 frames of which one is decoded in part."""
     data = bytearray(h264_video.read_bytes())
     with av.open(str(h264_video)) as container:
         position, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][24]
     data[position + size // 2 : position + size] = bytes(size - size // 2)
-    path = tmp_path / "a.mp4"
+    path = tmp_path / "concealed.mp4"
     path.write_bytes(data)
-    result = decode(path, lambda n: [0, 26])
+    return path
+
+
+def test_concealed_damage_is_counted(concealed_video):
+    result = decode(concealed_video, lambda n: [0, 26])
     assert result.corrupt_frames == 1
     assert result.damage == "1 frames are corrupt; 60 frames decoded"
 

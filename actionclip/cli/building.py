@@ -16,7 +16,7 @@ from actionclip.weights import load
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> VideoTextModel:
-    """Load the model that the options above ask for."""
+    """Load the model that the options ask for."""
     return load(
         args.model,
         temporal=args.temporal,
@@ -30,7 +30,7 @@ def load_model(args: argparse.Namespace, device: torch.device) -> VideoTextModel
 def build_classifier(
     args: argparse.Namespace, labels: Sequence[str], model: VideoTextModel
 ) -> VideoClassifier:
-    """Make the classifier that the options above ask for."""
+    """Make the classifier that the options ask for."""
     templates = None if args.templates is None else read_templates(args.templates)
     return VideoClassifier(
         model,
