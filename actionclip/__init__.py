@@ -85,7 +85,7 @@ _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in 
 
 def __getattr__(name: str) -> Any:
     """Import a public name, which then stays."""
-    if name not in __all__:
+    if name not in __all__ and name not in _DEFINED_IN:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_MODULE_OF.get(name, name)}")
     value = getattr(module, name) if name in _MODULE_OF else module

@@ -28,7 +28,8 @@ def map_ahead(
 
     Args:
         work: called in a thread; what it raises is raised here, in its item's turn.
-        items: any number, taken ahead of the results: at most one a worker and the next batch.
+        items: any number, taken ahead of the results: one a worker and, besides, as many as there
+            are workers or results in a batch, whichever is more.
         workers: threads; 0 works in turn, in the thread of the caller.
         name: of the threads.
         batch: results that the caller collects before it is busy for a while.

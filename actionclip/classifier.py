@@ -86,7 +86,8 @@ class VideoClassifier:
     """Recognise actions among given labels.
 
     Args:
-        model: any model of this package; it is put into eval mode.
+        model: any model of this package; it is put into eval mode. Make a new classifier after its
+            weights were changed, or moved to another device.
         labels: K distinct class names; of a linear classifier, some of its own.
         templates: a name in `prompts.TEMPLATES`, or templates with one `{}` each; None is
             the model's own, those it was trained with.
@@ -301,7 +302,7 @@ class VideoClassifier:
             if 0 in video.shape:
                 raise InputError(f"frames are {tuple(video.shape)}: there is nothing to see")
             indices = self._choose(len(video))
-            frames = torch.stack([cut(video[i]) for i in indices])
+            frames = torch.stack([cut(video[i].cpu()) for i in indices])
             return _Outcome("frames", views=self._arrange(frames), num_frames=len(video))
         if not isinstance(video, str | os.PathLike | Span):
             raise InputError(

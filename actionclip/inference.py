@@ -33,13 +33,13 @@ def pack(model: VideoTextModel, *, compile: bool = False) -> VideoTextModel:
     """Make the form of a model that scores videos fastest.
 
     It shares the model's weights, but on a CPU comes to hold a copy of those of the image encoder
-    in the order of the matrix instructions; make it again after they change.
+    in the order of the matrix instructions; make it again after they change or move.
 
     Args:
         model: any model of this package, on the device where it will run; stays as it is.
         compile: also compile the image encoder with `torch.compile`, on a GPU with CUDA graphs.
             The first video of each batch size then takes up to a minute, and a CPU needs a C++
-            compiler.
+            compiler. Call it from one thread.
 
     Returns:
         A model that gives the same results in inference mode. Its text encoder is the model's.
@@ -66,7 +66,7 @@ def pack(model: VideoTextModel, *, compile: bool = False) -> VideoTextModel:
 
 def _compiled(model: VideoTextModel) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """Compile what makes features of videos, at the first call."""
-    from torch._dynamo.exc import BackendCompilerFailed  # imports half of PyTorch
+    from torch._dynamo.exc import TorchDynamoException  # imports half of PyTorch
 
     on_gpu = model.device.type == "cuda"
     compiled = torch.compile(model.video_features, mode="reduce-overhead" if on_gpu else None)
@@ -74,8 +74,8 @@ def _compiled(model: VideoTextModel) -> Callable[[Tensor], tuple[Tensor, ...]]:
     def video_features(videos: Tensor) -> tuple[Tensor, ...]:
         try:
             features = compiled(videos)
-        except BackendCompilerFailed as error:
-            reason = str(error.inner_exception).splitlines()[0]
+        except TorchDynamoException as error:
+            reason = str(getattr(error, "inner_exception", error)).splitlines()[0]
             raise InputError(
                 f"the image encoder cannot be compiled here ({reason}); do without compile"
             ) from error
@@ -189,45 +189,58 @@ class Product(nn.Module):
     ) -> None:
         super().__init__()
         # Plain attributes, as the weights are the model's.
-        self.weight, self.bias = weight.detach(), bias.detach()
-        self.factor, self.bias_factor = factor, bias_factor
-        self.packed: Tensor | None = None
-        self.packed_for = self.last_rows = 0
+        self.weight, self.bias = weight.detach(), bias_factor * bias.detach()
+        self.factor = factor
+        self.last_rows = 0
+        # The weight as laid out, and for how many rows; always replaced together.
+        self.packed: tuple[int, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply (..., C) into (..., D)."""
         rows = x.numel() // x.shape[-1]
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._pack(rows, x.dtype)
-        if self.packed is not None and rows == self.packed_for:
-            bias = self.bias_factor * self.bias
-            if x.dtype == torch.bfloat16:
-                return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-            # The weight as it is gives no more than its shape.
-            product = torch.ops.mkl._mkl_linear(x, self.packed, self.weight, None, rows)
-            return product.add_(bias)
-        product = torch.addmm(
-            self.bias, x.flatten(0, -2), self.weight.t(), beta=self.bias_factor, alpha=self.factor
-        )
-        return product.unflatten(0, x.shape[:-1])
+        packed = None
+        is_native = x.device.type == "cpu" and x.dtype == self.weight.dtype
+        if is_native and not torch.compiler.is_compiling():
+            packed = self._pack(rows)
+        if packed is None:
+            product = torch.addmm(self.bias, x.flatten(0, -2), self.weight.t(), alpha=self.factor)
+            return product.unflatten(0, x.shape[:-1])
+        if x.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._linear_pointwise(x, packed, self.bias, "none", [], "")
+        # The weight as it is gives no more than its shape.
+        product = torch.ops.mkl._mkl_linear(x, packed, self.weight, None, rows)
+        return product.add_(self.bias)
 
-    def _pack(self, rows: int, dtype: torch.dtype) -> None:
+    def _pack(self, rows: int) -> Tensor | None:
+        """Return the weight laid out for this number of rows, if it pays."""
         is_repeated, self.last_rows = rows == self.last_rows, rows
-        if not is_repeated or rows == self.packed_for or dtype != self.weight.dtype:
-            return
-        if dtype == torch.bfloat16 and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            scaled = (self.factor * self.weight.float()).bfloat16()
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(scaled, rows)
-        elif dtype == torch.float32 and torch.backends.mkl.is_available():
-            scaled = self.factor * self.weight
-            self.packed = torch.ops.mkl._mkl_reorder_linear_weight(scaled, rows)
-        else:
-            return
-        self.packed_for = rows
+        packed = self.packed
+        if packed is not None and packed[0] == rows:
+            return packed[1]
+        lay_out = _layout_operator(self.weight.dtype) if is_repeated else None
+        if lay_out is None:
+            return None
+        weight = lay_out(self.factor * self.weight, rows)
+        self.packed = (rows, weight)
+        return weight
+
+
+def _layout_operator(dtype: torch.dtype) -> Callable[[Tensor, int], Tensor] | None:
+    """Return what lays out a weight of this type on this CPU, if this PyTorch has it."""
+    mkl, mkldnn = torch.ops.mkl, torch.ops.mkldnn
+    if dtype == torch.float32 and torch.backends.mkl.is_available() and hasattr(mkl, "_mkl_linear"):
+        return mkl._mkl_reorder_linear_weight
+    if (
+        dtype == torch.bfloat16
+        and hasattr(mkldnn, "_linear_pointwise")
+        and mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return mkldnn._reorder_linear_weight
+    return None
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Normalise with fp32 statistics; the type of x stays."""
+    """Normalise with fp32 statistics; the type of x stays, that of weights may be rounded to it."""
     # On a CPU the kernel takes bf16 and weights in fp32, elsewhere it wants one type.
     dtype = norm.weight.dtype if x.device.type == "cpu" else x.dtype
     weight, bias = norm.weight.to(dtype), norm.bias.to(dtype)

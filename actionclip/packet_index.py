@@ -143,25 +143,38 @@ def _joined(stretches: list[Stretch]) -> list[Stretch]:
 def is_spare(packet: memoryview, is_hevc: bool, length_size: int) -> bool:
     """Tell whether a packet of H.264 or HEVC is a frame to which no other refers.
 
-    A packet with anything besides the frame that others might need is not spare.
+    A packet with anything besides the slices of one frame and a delimiter before them is not
+    spare: others might need it.
 
     Args:
         packet: NAL units, each after its length.
         is_hevc: HEVC, in one temporal layer, rather than H.264.
         length_size: bytes of each length.
 
-    Source: ITU-T H.264, table 7-1 and nal_ref_idc in 7.4.1; ITU-T H.265, table 7-1.
+    Source: ITU-T H.264, 7.3.1, 7.3.3 and table 7-1; ITU-T H.265, 7.3.1.2, 7.3.6.1 and table 7-1.
     """
-    start = 0
-    while start + length_size < len(packet):
-        header = packet[start + length_size]
-        kind = header >> 1 & 63 if is_hevc else header & 31
-        if kind != (_HEVC_DELIMITER if is_hevc else _H264_DELIMITER):
-            # The parts of a frame are alike in this, so that the first one tells.
-            return kind < 16 and kind % 2 == 0 if is_hevc else header & 127 == _H264_SPARE
-        start += length_size + int.from_bytes(packet[start : start + length_size], "big")
+    header_size, delimiter = (2, _HEVC_DELIMITER) if is_hevc else (1, _H264_DELIMITER)
+    end, has_slice = 0, False
+    for _ in range(_MOST_UNITS):
+        header = end + length_size
+        end = header + int.from_bytes(packet[end:header], "big")
+        content = header + header_size
+        if not content < end <= len(packet):
+            return False
+        # Whole, so that the forbidden bit or a reference makes it another kind.
+        kind = packet[header] >> 1 if is_hevc else packet[header]
+        if has_slice or kind != delimiter:
+            is_spare_slice = kind < 16 and kind % 2 == 0 if is_hevc else kind == _H264_SPARE
+            # The first bit of a slice tells the first of a picture from its others.
+            is_first = packet[content] >= 128
+            if not is_spare_slice or is_first is has_slice:
+                return False
+            has_slice = True
+        if end == len(packet):
+            return has_slice
     return False
 
 
 _H264_DELIMITER, _HEVC_DELIMITER = 9, 35
 _H264_SPARE = 1  # nal_ref_idc 0 and a slice of a picture that is not IDR
+_MOST_UNITS = 64  # ours; encoders cut a frame into about as many slices as they have threads

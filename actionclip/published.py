@@ -8,9 +8,11 @@ The models, and PyTorch with them, are imported when a shape is asked for: a fil
 and verified meanwhile.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -246,19 +248,34 @@ PACKAGED = {
     ),
 }
 
-# What `begin_fetch` began and `fetch` was not asked for yet.
+# What `begun_fetch` began and `fetch` was not asked for yet.
 _begun: dict[str, Future[str]] = {}
 
 
-def begin_fetch(name: str) -> None:
+@contextlib.contextmanager
+def begun_fetch(name: str) -> Iterator[None]:
     """Find or download, and verify, the file of a published model in a thread.
 
-    The next `fetch` of it takes the result. Of another name, nothing is begun.
+    The first `fetch` of it inside takes the result. Of another name, nothing is begun.
     """
-    if name in MODELS:
-        thread = ThreadPoolExecutor(1, thread_name_prefix="actionclip-fetch")
-        _begun[name] = thread.submit(_fetch, name, None)
-        thread.shutdown(wait=False)
+    if name not in MODELS:
+        yield
+        return
+    result: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(_fetch(name, None))
+        except BaseException as error:
+            result.set_exception(error)
+
+    _begun[name] = result
+    # A daemon: a program that fails meanwhile does not wait for the download.
+    threading.Thread(target=work, name="actionclip-fetch", daemon=True).start()
+    try:
+        yield
+    finally:
+        _begun.pop(name, None)
 
 
 def fetch(name: str, download_root: str | os.PathLike[str] | None = None) -> str:

@@ -96,6 +96,9 @@ def read_file(path: str | os.PathLike[str], *, half_as: torch.dtype | None = Non
     `open_clip_config.json`) of the same folder, and `preprocessor` the image processor's
     settings there.
 
+    Tensors of safetensors and of `torch.save` may lie in the file itself, mapped: as long as
+    they are in use, replace the file (as `write_atomically` does), but do not write into it.
+
     Raises:
         WeightsError: if the file is missing, damaged, of an unknown format, or needs
             more than plain tensors and containers to be read; if the folder holds no
@@ -323,20 +326,36 @@ def _read_checked(file: BufferedReader, file_size: int) -> tuple[dict[str, Tenso
         raise _Malformed(
             f"its tensors end at byte {8 + header_size + position}, the file at {file_size}"
         )
-    # Mapped, as `torch.load` does below: what is not used is never read, and several processes
-    # share what is. Tensors can be written; the file stays as it is.
-    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    content = _map(file, file_size)
     tensors = {}
     for name, (dtype, shape, start, end) in entries.items():
         tensors[name] = torch.empty(shape, dtype=dtype)
         if end > start:
             data = torch.frombuffer(
-                mapped, dtype=torch.uint8, count=end - start, offset=8 + header_size + start
+                content, dtype=torch.uint8, count=end - start, offset=8 + header_size + start
             )
             # A file of another program may place numbers where processors do not want them.
             aligned = data if data.data_ptr() % dtype.itemsize == 0 else data.clone()
             tensors[name] = aligned.view(dtype).view(shape)
     return tensors, metadata
+
+
+def _map(file: BufferedReader, size: int) -> mmap.mmap | bytearray:
+    """Return the bytes of a file, mapped where the file system can; the file stays as it is."""
+    content: mmap.mmap | bytearray
+    try:
+        # As `torch.load` does below: what is not used is never read, and several processes
+        # share what is.
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except OSError:
+        content = bytearray(size)
+        file.seek(0)
+        del content[file.readinto(content) :]
+    except ValueError:  # what Python says of an empty file
+        content = bytearray()
+    if len(content) < size:
+        raise _Malformed(f"it shrank from {size} to {len(content)} bytes while it was opened")
+    return content
 
 
 def _parse_header(text: bytes) -> dict[str, Any]:

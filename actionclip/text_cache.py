@@ -42,7 +42,8 @@ def cached_embeddings(
 ) -> Tensor:
     """Return what `encode_prompts` does, from the disk if it was computed before.
 
-    Few prompts are encoded each time, because that takes less time than hashing the weights.
+    Few prompts are encoded each time, and on a GPU any number, because that takes less time than
+    hashing the weights.
 
     Args:
         model: its text encoder is used.
@@ -56,7 +57,7 @@ def cached_embeddings(
         InputError: if a prompt has more tokens than the model takes; it is named.
     """
     tokens = tokenize(prompts, context_length=model.config.clip.context_length)
-    if count_beginnings(tokens) < LEAST_BEGINNINGS:
+    if model.device.type != "cpu" or count_beginnings(tokens) < LEAST_BEGINNINGS:
         return encode_tokens(model.clip, tokens)
     if folder is None:
         # The only place of this module that reads the environment.

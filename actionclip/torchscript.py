@@ -17,8 +17,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -200,7 +199,7 @@ def _fill(path: str | os.PathLike[str], storages: Iterable[_Storage]) -> None:
 
     def fill(storage: _Storage) -> None:
         # Opened by each thread anew, as an open file has one position only.
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             _seek_data(file, storage.record)
             buffer = torch.empty(_PIECE, dtype=storage.dtype) if storage.is_converted else None
             checksum = 0
@@ -221,7 +220,7 @@ def _fill(path: str | os.PathLike[str], storages: Iterable[_Storage]) -> None:
             pass
 
 
-def _seek_data(file: FileIO, record: zipfile.ZipInfo) -> None:
+def _seek_data(file: BinaryIO, record: zipfile.ZipInfo) -> None:
     """Go to where the data of a record begins."""
     file.seek(record.header_offset)
     # The local header repeats the name and may pad it so that the data is aligned.

@@ -194,6 +194,8 @@ def normalize(
         torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (mean, std)
     )
     # One multiplication and one addition for every pixel, instead of three operations.
-    scale = (1 / (255 * std_)).to(frames.device, compute)
-    shift = (-mean_ / std_).to(frames.device, compute)
+    scale, shift = (
+        values.to(frames.device, compute, non_blocking=True)
+        for values in (1 / (255 * std_), -mean_ / std_)
+    )
     return torch.addcmul(shift, frames.to(compute), scale).to(dtype)

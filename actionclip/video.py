@@ -66,6 +66,10 @@ _OPEN_TIMEOUT_SECONDS = (10, 10)
 _PLANNED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 _PLANNED_CODECS = frozenset({"h264", "hevc", "vp9", "av1"})
 
+# As many frames as H.264 lets a decoder hold back (ITU-T H.264, max_num_reorder_frames in
+# E.2.1); told to hold back more, libav's aborts the process.
+_MOST_HELD_BACK = 16
+
 # These store no times, only a rate; the pts that libav makes up for them may even run backwards.
 _FIXED_RATE_CONTAINERS = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo"})
 
@@ -611,14 +615,19 @@ def _claimed_size(file: BinaryIO, size: int) -> int:
 
 
 _MP4_FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+# Ours: 13 hours in fragments of a second, each a pair of boxes.
+_MOST_BOXES = 100_000
 _EBML_HEADER = b"\x1a\x45\xdf\xa3"
 _EBML_SEGMENT = b"\x18\x53\x80\x67"
 
 
 def _mp4_end(file: BinaryIO, size: int) -> int:
-    """Return where the last of the boxes that hold a film ends. Source: ISO/IEC 14496-12, 4.2."""
+    """Return where the last of the boxes that hold a film ends, or 0 if there are too many.
+
+    Source: ISO/IEC 14496-12, 4.2.
+    """
     start = end = 0
-    while start < size:
+    for _ in range(_MOST_BOXES):
         file.seek(start)
         header = file.read(16)
         length = int.from_bytes(header[:4], "big")
@@ -626,10 +635,11 @@ def _mp4_end(file: BinaryIO, size: int) -> int:
             length = int.from_bytes(header[8:], "big")
         if header[4:8] in (b"moov", b"moof", b"mdat"):
             end = start + length
-        if length < 8:  # 0 is "up to the end of the file"; anything else is not a box
-            break
         start += length
-    return end
+        # Length 0 is "up to the end of the file"; another below 8 is not a box.
+        if length < 8 or start >= size:
+            return end
+    return 0
 
 
 def _matroska_end(file: BinaryIO) -> int:
@@ -780,6 +790,8 @@ def _decode_planned(video: _OpenVideo, index: PacketIndex, chosen: _ChosenFrames
     Raises:
         SurpriseError: if anything is not as the index says.
     """
+    if index.reorder_depth() > _MOST_HELD_BACK:
+        raise SurpriseError
     wanted = {int(index.shown[position]): position for position in chosen.wanted}
     context = video.stream.codec_context
     plan = make_plan(index, wanted, context.width * context.height, video.source.threads)
@@ -811,10 +823,15 @@ def _work(video: _OpenVideo, job: _Job) -> None:
     context.options = {"has_b_frames": str(job.index.reorder_depth())}
     try:
         for stretch in job.stretches:
+            last_pts = -math.inf
             for frame in _stretch_frames(video, job.index, stretch, job.wanted):
                 if job.has_failed:
                     return
                 _take(frame, video, job, stretch)
+                assert frame.pts is not None  # or it was not taken
+                if frame.pts < last_pts:  # the decoder goes by another order
+                    raise SurpriseError
+                last_pts = frame.pts
     except BaseException:
         job.has_failed = True
         raise

@@ -104,7 +104,8 @@ def load(
 
     Returns:
         An `ActionCLIP` or an `XCLIP`; its `config` is everything but the weights, and its
-        `untrained` names the weights that the file did not fill.
+        `untrained` names the weights that the file did not fill. Weights may lie in the file
+        itself, mapped: as long as they are in use, replace it, but do not write into it.
 
     Raises:
         InputError: if the name is unknown, or a request contradicts the file.

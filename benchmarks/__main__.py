@@ -21,6 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from actionclip.video import find_videos
 from benchmarks import table
 
 # What each script is started with; what is not said here is its default.
@@ -66,7 +67,7 @@ def run(name: str, videos: Path | None) -> bool:
     """Run a script and keep its results; returns whether it succeeded."""
     arguments = list(SUITE[name])
     if name == "video" and videos is not None:
-        arguments += ["--rendered", *sorted(str(path.resolve()) for path in videos.iterdir())]
+        arguments += ["--rendered", *find_videos(videos.resolve())]
     script = Path("benchmarks") / f"bench_{name}.py"
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -102,4 +103,5 @@ def call(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `call` ends what it started
     sys.exit(main())

@@ -85,7 +85,7 @@ def main() -> None:
         default="ViT-B/16",
         choices=[name for name in MODELS if not name.startswith("xclip")],
     )
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -258,7 +258,8 @@ def rows(clips: list[dict]) -> list[dict]:
         peers = ratio_to(clip, PEERS, "ours_is_faster_by")
         if peers:
             fastest[clip["clip"]] = min(peers.values())
-        everything[clip["clip"]] = clip["readers"][DECODE_ALL]["ours_is_faster_by"]
+        for ratio in ratio_to(clip, (DECODE_ALL,), "ours_is_faster_by").values():
+            everything[clip["clip"]] = ratio
     real = {clip["clip"] for clip in clips if clip["kind"] == "real"}
     answers = []
     for title, peer, ratios in (

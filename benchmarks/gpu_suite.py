@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from actionclip import tokenize
 from actionclip.complexity import multiply_adds
 from actionclip.dataset import Batch
+from actionclip.errors import InputError
 from actionclip.inference import pack
 from actionclip.losses import contrastive_kl
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
@@ -274,7 +275,7 @@ def transformers_peers(suite: Suite, model: ActionCLIP, *precisions: str) -> dic
     """Return transformers' model in several types; none, and noted, if it is not installed."""
     try:
         peer = transformers_peer(model)
-    except ImportError:
+    except (ImportError, RuntimeError):
         suite.skip("transformers: not installed")
         return {}
     return {
@@ -370,7 +371,10 @@ def _measure_image_encoder(
     forget_compiled(suite.device)
     try:
         contestants[COMPILED]()
-    except RuntimeError as error:  # no compiler, say; the others can still be compared
+    except (
+        RuntimeError,
+        InputError,
+    ) as error:  # no compiler, say; the others can still be compared
         suite.skip(f"{COMPILED}, {shape}: {str(error).splitlines()[0]}")
         del contestants[COMPILED]
     compile_seconds = time.monotonic() - started
@@ -657,6 +661,8 @@ def main(argv: list[str] | None = None) -> int:
     suite = Suite(device, SMALL if args.small else FULL, deadline)
     failed = []
     for name in (name for name in SECTIONS if name in wanted):
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False  # which the patches of peers would use
         try:
             SECTIONS[name](suite)
         except Exception:

@@ -44,7 +44,7 @@ FOREIGN_SHARE = 0.1
 CLOCK_ERROR_SECONDS = 0.03
 # How often a disturbed sample is taken again. On a machine that others use all the time each
 # try costs as much as a round, so few.
-RETRIES = 2
+RETRIES = 1
 
 Result = TypeVar("Result")
 

@@ -1,11 +1,13 @@
 """How a command starts and ends as a program of its own, and what it does without."""
 
+import argparse
 import ast
 import gc
 import importlib
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -101,8 +103,11 @@ def test_leaving_without_streams() -> None:
     assert run(code).returncode == 5
 
 
-def test_imports_collect_no_garbage() -> None:
-    assert gc.isenabled()
+def test_imports_collect_no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with command.quick_imports():
+        assert gc.isenabled()  # nothing is left to import, and this program's garbage is its own
+    assert gc.get_freeze_count() == 0
+    monkeypatch.delitem(sys.modules, "torch")
     with command.quick_imports():
         assert not gc.isenabled()
     assert gc.isenabled()
@@ -158,18 +163,45 @@ def test_a_begun_fetch_is_used_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return filename
 
     monkeypatch.setattr(published.download, "fetch", fetch)
-    published.begin_fetch("no-such-model")
-    assert not published._begun
-    published.begin_fetch("ViT-B/32")
-    assert published.fetch("ViT-B/32") == "ViT-B-32.pt"
-    assert fetched == ["ViT-B-32.pt"]
-    assert published.fetch("ViT-B/32") == "ViT-B-32.pt"
-    assert published.fetch("ViT-B/16") == "ViT-B-16.pt"
-    assert fetched == ["ViT-B-32.pt", "ViT-B-32.pt", "ViT-B-16.pt"]
-    published.begin_fetch("RN50")
-    with pytest.raises(DownloadError, match="no network"):
+    with published.begun_fetch("no-such-model"):
+        assert not published._begun
+    with published.begun_fetch("ViT-B/32"):
+        assert published.fetch("ViT-B/32") == "ViT-B-32.pt"
+        assert fetched == ["ViT-B-32.pt"]
+        assert published.fetch("ViT-B/32") == "ViT-B-32.pt"
+        assert published.fetch("ViT-B/16") == "ViT-B-16.pt"
+        assert fetched == ["ViT-B-32.pt", "ViT-B-32.pt", "ViT-B-16.pt"]
+    with published.begun_fetch("RN50"), pytest.raises(DownloadError, match="no network"):
         published.fetch("RN50")
-    published.begin_fetch("ViT-B/32")
-    assert published.fetch("ViT-B/32", "elsewhere") == "ViT-B-32.pt"
-    assert len(fetched) == 6  # begun for another folder
-    published.fetch("ViT-B/32")
+    with published.begun_fetch("ViT-B/32"):
+        assert published.fetch("ViT-B/32", "elsewhere") == "ViT-B-32.pt"
+    assert not published._begun  # forgotten, although nobody took it
+
+
+@pytest.mark.parametrize(
+    ("interruption", "code"), [(KeyboardInterrupt, 130), (command._TerminatedError, 143)]
+)
+def test_a_signal_that_breaks_a_clean_up_is_a_signal(
+    interruption: type[BaseException], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_: argparse.Namespace) -> command.ExitCode:
+        try:
+            raise interruption
+        finally:
+            threading.Lock().release()  # RuntimeError
+
+    assert command.run(command.build_parser("p", "d"), work, []) == code
+    assert "internal error" not in capsys.readouterr().err
+
+
+def test_a_full_disk_on_standard_output_has_its_code(tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "actionclip", "zeroshot", str(tmp_path / "no.mp4")]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [*arguments, "--labels", "a red circle", "--model", "tiny", "--format", "json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert process.returncode == 5
+    assert "Exception ignored" not in process.stderr

@@ -210,6 +210,26 @@ def test_without_private_operators(monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(m.packed is None for m in packed.modules() if isinstance(m, Product))
 
 
+def test_sizes_that_alternate_are_laid_out_once() -> None:
+    product = Product(torch.randn(24, 16), torch.randn(24))
+    for rows in (7, 7):
+        product(torch.randn(rows, 16))
+    packed = product.packed
+    for rows in (7, 3, 7, 3, 7):
+        product(torch.randn(rows, 16))
+    assert product.packed is packed
+
+
+def test_autocast_after_fp32() -> None:
+    model = small("meanp")
+    packed = pack(model)
+    for _ in range(2):
+        exact = packed.encode_video(videos())
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = packed.encode_video(videos())
+    assert F.cosine_similarity(halved.float(), exact).min() >= 0.9995
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_top1_on_rendered_clips_is_unchanged(dtype: torch.dtype) -> None:
     labels = sentences()

@@ -101,6 +101,15 @@ H264_SLICE, H264_SPARE_SLICE, H264_IDR = 0x41, 0x01, 0x65
 HEVC_REFERENCE, HEVC_SPARE, HEVC_KEY = 1 << 1, 0 << 1, 19 << 1
 
 
+def join(units, length_size=4):
+    return b"".join(len(unit).to_bytes(length_size, "big") + unit for unit in units)
+
+
+def unit(header, is_hevc, is_first):
+    """Return a NAL unit; the first bit after its header marks the first slice of a picture."""
+    return bytes([header, *([1] if is_hevc else []), 0x80 if is_first else 0x40, 2, 3])
+
+
 @pytest.mark.parametrize(
     ("headers", "is_hevc", "spare"),
     [
@@ -113,7 +122,23 @@ HEVC_REFERENCE, HEVC_SPARE, HEVC_KEY = 1 << 1, 0 << 1, 19 << 1
         ([8, H264_SPARE_SLICE], False, False),  # parameters that they need
         ([9], False, False),
         ([], False, False),
+        ([H264_SPARE_SLICE, H264_SLICE], False, False),
+        ([H264_SPARE_SLICE, 8], False, False),
+        ([H264_SPARE_SLICE, 7, 8], False, False),
+        ([H264_SPARE_SLICE, 9, H264_SPARE_SLICE], False, False),
+        ([H264_SPARE_SLICE, 6], False, False),
+        ([0x80 | H264_SPARE_SLICE], False, False),  # the forbidden bit
+        ([0x80 | 9, H264_SPARE_SLICE], False, False),
+        ([H264_SPARE_SLICE] * 64, False, True),
+        ([H264_SPARE_SLICE] * 65, False, False),
+        ([9] * 63 + [H264_SPARE_SLICE], False, True),
+        ([9] * 64 + [H264_SPARE_SLICE], False, False),
         ([HEVC_SPARE], True, True),
+        ([HEVC_SPARE, HEVC_SPARE], True, True),
+        ([HEVC_SPARE, HEVC_REFERENCE], True, False),
+        ([HEVC_SPARE, 34 << 1], True, False),
+        ([HEVC_SPARE, 40 << 1], True, False),
+        ([0x80 | HEVC_SPARE], True, False),
         ([35 << 1, HEVC_SPARE], True, True),
         ([8 << 1], True, True),  # RASL_N
         ([HEVC_REFERENCE], True, False),
@@ -124,11 +149,31 @@ HEVC_REFERENCE, HEVC_SPARE, HEVC_KEY = 1 << 1, 0 << 1, 19 << 1
 )
 @pytest.mark.parametrize("length_size", [1, 2, 4])
 def test_spare_packets(headers, is_hevc, spare, length_size):
-    units = [bytes([header, 1, 2, 3]) for header in headers]
-    packet = b"".join(len(unit).to_bytes(length_size, "big") + unit for unit in units)
+    delimiter = 35 << 1 if is_hevc else 9
+    units, is_first = [], True
+    for header in headers:
+        units.append(unit(header, is_hevc, is_first))
+        is_first = is_first and header == delimiter
+    packet = join(units, length_size)
     assert is_spare(memoryview(packet), is_hevc, length_size) is spare
 
 
-def test_a_broken_packet_is_not_spare():
-    for packet in (b"", b"\0\0\0", b"\xff\xff\xff\xff\x09", b"\0\0\0\0\x09" * 50):
-        assert not is_spare(memoryview(packet), False, 4)
+@pytest.mark.parametrize("is_hevc", [False, True])
+def test_a_packet_of_two_frames_is_not_spare(is_hevc):
+    header = HEVC_SPARE if is_hevc else H264_SPARE_SLICE
+    for firsts, spare in (([1, 0, 0], True), ([1, 0, 1], False), ([0, 0], False)):
+        packet = join([unit(header, is_hevc, is_first) for is_first in firsts])
+        assert is_spare(memoryview(packet), is_hevc, 4) is spare
+
+
+@pytest.mark.parametrize("is_hevc", [False, True])
+def test_a_broken_packet_is_not_spare(is_hevc):
+    delimiter = bytes([35 << 1 if is_hevc else 9])
+    packets = [b"", b"\0\0\0", b"\xff\xff\xff\xff" + delimiter, (b"\0\0\0\0" + delimiter) * 50]
+    good = join([unit(HEVC_SPARE if is_hevc else H264_SPARE_SLICE, is_hevc, True)])
+    assert is_spare(memoryview(good), is_hevc, 4)
+    packets += [good[:length] for length in range(len(good))]
+    packets += [good + b"\0", good + bytes(4), bytes(4) + good, good + good[:-1]]
+    packets += [join([good[4 : 4 + length]]) for length in range(2 if is_hevc else 1)]
+    for packet in packets:
+        assert not is_spare(memoryview(packet), is_hevc, 4)

@@ -1,7 +1,9 @@
 """Every format becomes the same plain tensors; nothing else gets in."""
 
 import argparse
+import errno
 import json
+import mmap
 import os
 import pathlib
 import random
@@ -21,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from actionclip import tensor_files
 from actionclip.errors import OutputError, WeightsError
 from actionclip.tensor_files import read_file, write_atomically, write_safetensors
 
@@ -113,6 +116,44 @@ def test_the_file_and_the_tensors_can_change_apart(tmp_path: Path) -> None:
     assert same(read, TENSORS)
     pointers = {tensor.untyped_storage().data_ptr() for tensor in read.values()}
     assert len(pointers) == 2  # as saving wants it
+
+
+def test_a_file_system_without_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, tensors = tmp_path / "a.safetensors", all_types()
+    write_safetensors(path, tensors)
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(tensor_files.mmap, "mmap", fail)
+    content = path.read_bytes()
+    read = read_file(path).content
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(bits(read[key]), bits(tensors[key])) for key in tensors)
+    read["scalar"].fill_(7)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+@pytest.mark.parametrize("left", [0, 100])
+def test_a_file_that_shrinks_while_it_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, is_mapped: bool
+) -> None:
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"a": torch.zeros(100_000)})  # more than Python reads ahead
+    size = path.stat().st_size
+    original = mmap.mmap
+
+    def shrunk(*arguments: int, **options: int) -> mmap.mmap:
+        os.truncate(path, left)
+        if not is_mapped:
+            raise OSError(errno.ENODEV, "No such device")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(tensor_files.mmap, "mmap", shrunk)
+    message = f"damaged safetensors file, it shrank from {size} to [0-9]+ bytes while"
+    with pytest.raises(WeightsError, match=message):
+        read_file(path)
 
 
 def test_tensors_lie_where_processors_want_them(tmp_path: Path) -> None:

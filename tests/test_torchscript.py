@@ -139,6 +139,22 @@ def test_records_are_read_in_pieces(
     assert {ours[key].dtype for key in theirs} == {tensor.dtype for tensor in theirs.values()}
 
 
+def test_a_file_system_may_give_less_than_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = clip_like(tmp_path / "a.pt")
+
+    class Slow(io.FileIO):
+        def readinto(self, memory: memoryview) -> int:
+            return super().readinto(memoryview(memory)[:10])
+
+    def slow(path: Path, mode: str, buffering: int = -1) -> io.IOBase:
+        return io.BufferedReader(Slow(path)) if buffering else Slow(path)
+
+    monkeypatch.setattr(torchscript, "open", slow, raising=False)
+    assert_identical(read_archive(path), by_torch(path))
+
+
 def test_tensors_can_be_written_to(tmp_path: Path) -> None:
     tensors = read_archive(clip_like(tmp_path / "model.pt"))
     tensors["tied"].fill_(7)

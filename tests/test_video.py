@@ -1,4 +1,5 @@
 import contextlib
+import io
 import os
 import struct
 import subprocess
@@ -421,6 +422,33 @@ def test_frames_with_the_same_time_are_told_apart(tmp_path):
     assert_exact(path, expected)
 
 
+def write_late(path, source, late):
+    """Copy packets in presentation order, one of them shown `late` places before its own."""
+    with av.open(str(source)) as input_, av.open(str(path), "w") as output:
+        stream = output.add_stream_from_template(input_.streams.video[0])
+        packets = [packet for packet in input_.demux(video=0) if packet.size]
+        for i, packet in enumerate(packets):
+            packet.time_base = Fraction(1, 50)
+            packet.pts = 201 if i == late + 1 else 200 + 2 * i
+            packet.dts, packet.stream = i, stream
+            output.mux(packet)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_no_order_of_frames_ends_the_process(name, tmp_path):
+    """Libav aborts where its decoder of H.264 is to hold back more than 16 frames."""
+    source = write_video(tmp_path / "source.mkv", 60, bframes=0)
+    paths = [str(write_late(tmp_path / f"{late}{name}", source, late)) for late in (16, 17, 40)]
+    code = (
+        "import sys, numpy; from actionclip.video import read_frames\n"
+        "for path in sys.argv[1:]: numpy.save(path + '.npy', read_frames(path, range(60)))"
+    )
+    subprocess.run([sys.executable, "-c", code, *paths], check=True)
+    for path in paths:
+        np.testing.assert_array_equal(np.load(path + ".npy"), np.stack(decode_plainly(path)))
+
+
 def test_frames_come_in_the_order_asked_for(h264_video):
     frames = read_frames(h264_video, [40, 3, 40, 0])
     ordered = read_frames(h264_video, [0, 3, 40])
@@ -666,6 +694,25 @@ def test_a_cut_file_gives_what_is_left_and_says_so(fraction, whole_video, tmp_pa
     with pytest.raises(VideoError, match="damaged: the file is cut short") as caught:
         decode(path, lambda n: [0], strict=True)
     assert caught.value.reason == "damaged"
+
+
+def test_countless_boxes_are_not_followed():
+    box = struct.pack(">I4s", 8, b"free")
+    film = struct.pack(">I4s", 1000, b"mdat")
+
+    class Counted(io.BytesIO):
+        reads = 0
+
+        def read(self, *arguments):
+            self.reads += 1
+            return super().read(*arguments)
+
+    for count, end in ((10, 1080), (video._MOST_BOXES - 1, 8 * video._MOST_BOXES + 992)):
+        file = Counted(count * box + film)
+        assert video._mp4_end(file, count * 8 + 8) == end
+    file = Counted(3 * video._MOST_BOXES * box + film)
+    assert video._mp4_end(file, 24 * video._MOST_BOXES + 8) == 0
+    assert file.reads <= video._MOST_BOXES
 
 
 @pytest.mark.parametrize("fraction", [0.5, 0.9])

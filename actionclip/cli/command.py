@@ -69,30 +69,48 @@ def run(
         try:
             return work(args)
         except OutputError as error:
+            _drop_output()
             return _fail(parser, args, ExitCode.CANNOT_WRITE, str(error))
         except TooManyBadError as error:
             return _fail(parser, args, ExitCode.TOO_MANY_BAD, str(error))
         except ActionClipError as error:
             return _fail(parser, args, ExitCode.WRONG_INPUT, str(error))
         except BrokenPipeError:
-            # The reader has left; what Python would still flush at exit has nowhere to go.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return ExitCode.CANNOT_WRITE
-        except KeyboardInterrupt:
-            return _fail(parser, args, ExitCode.INTERRUPTED, "interrupted")
-        except _TerminatedError:
-            return _fail(parser, args, ExitCode.TERMINATED, "terminated")
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, _TerminatedError) as error:
+            match _interruption(error):
+                case KeyboardInterrupt():
+                    return _fail(parser, args, ExitCode.INTERRUPTED, "interrupted")
+                case _TerminatedError():
+                    return _fail(parser, args, ExitCode.TERMINATED, "terminated")
             text = f"internal error, please report it: {type(error).__name__}: {error}"
             return _fail(parser, args, ExitCode.BUG, f"{text} (--debug shows where)")
+
+
+def _interruption(error: BaseException | None) -> BaseException | None:
+    """Return the signal behind an error: clean-up that it breaks off, and imports, hide it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt | _TerminatedError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _drop_output() -> None:
+    """Let what Python would still flush at its exit go nowhere, as nobody can take it."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, or no real stream
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def quick_imports() -> Iterator[None]:
     """Import without a search for garbage, which takes a fifth of PyTorch's import.
 
-    Imports leave next to no garbage; what they leave is not looked at again, either.
+    Imports leave next to no garbage; what they leave is not looked at again, either. In a program
+    that has imported PyTorch before, such as a notebook, this changes nothing.
     """
+    if "torch" in sys.modules:
+        yield
+        return
     was_enabled = gc.isenabled()
     gc.disable()
     try:

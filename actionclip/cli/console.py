@@ -34,8 +34,13 @@ def check() -> NoReturn:
 def run(command: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the program with its exit code."""
     set_up(os.environ)
-    code = call(command, argv)
-    if command == "zeroshot":
+    try:
+        code = call(command, argv)
+    except KeyboardInterrupt:  # while the command was imported; it handles its own
+        print(f"actionclip-{command}: interrupted", file=sys.stderr)
+        leave(130)
+    # Only this one, and not if it compiled, has started no process that has to be ended.
+    if command == "zeroshot" and "torch._inductor" not in sys.modules:
         leave(code)
     sys.exit(code)
 

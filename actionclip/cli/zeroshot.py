@@ -80,12 +80,13 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
         raise InputError(f"--top-k is {args.top_k}, it must be at least 1")
     refuse_mixed_up_files(args)
     labels = read_labels(args.labels)
-    with command.quick_imports():
-        from actionclip.published import begin_fetch
+    from actionclip.published import begun_fetch
 
-        begin_fetch(args.model)  # a published file is verified while PyTorch is imported
-        from actionclip.cli import building
-    model = building.load_model(args, building.pick_device(args.device))
+    # A published file is verified while PyTorch is imported.
+    with begun_fetch(args.model):
+        with command.quick_imports():
+            from actionclip.cli import building
+        model = building.load_model(args, building.pick_device(args.device))
     classifier = building.build_classifier(args, labels, model)
     paths: Iterable[str] = expand(args.videos)
     if "-" not in args.videos:
