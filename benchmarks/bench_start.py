@@ -250,12 +250,12 @@ def write_models(folder: Path) -> dict[str, str]:
     bench_load.write_archive(files["jit"], "ViT-B/32")
     actionclip.save(actionclip.load(files["jit"], device="cpu"), files["safetensors"])
     try:
-        import transformers
+        from transformers import XCLIPConfig, XCLIPModel
     except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision for another torch
         print(f"transformers X-CLIP: absent ({str(error).splitlines()[0]})", file=sys.stderr)
         return files
     files["xclip"] = str(folder / "xclip")
-    transformers.XCLIPModel(transformers.XCLIPConfig()).save_pretrained(files["xclip"])
+    XCLIPModel(XCLIPConfig()).save_pretrained(files["xclip"])
     preprocessor = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
     preprocessor |= {"resample": 3, "image_mean": MEAN, "image_std": STD}
     (folder / "xclip" / "preprocessor_config.json").write_text(json.dumps(preprocessor))

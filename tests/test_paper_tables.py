@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,7 @@ def check(runner: Runner, command: str, monkeypatch: pytest.MonkeyPatch) -> None
         name: ActionCLIPConfig(clip_config(shape)) for name, shape in runner.archives.items()
     } | {released.name: xclip_config("small") for released in RELEASED}
     for name, config in configs.items():
-        monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=config))
+        monkeypatch.setitem(MODELS, name, replace(MODELS[name], describe=partial(replace, config)))
     # What other tests look at, and takes most of the time.
     monkeypatch.setattr(RunFolder, "save_state", lambda self, state: None)
     monkeypatch.setattr(train_command, "draw", lambda folder: None)

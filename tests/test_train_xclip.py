@@ -11,10 +11,10 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from training_files import CLASSES, CLIP, write_all
 
-from actionclip import distributed
+from actionclip import distributed, prompt_encoding
 from actionclip.annotations import Sample, VideoList, read_video_list
 from actionclip.augment import Augmentation
 from actionclip.dataset import Batch
@@ -142,7 +142,13 @@ def test_a_locked_text_encoder_is_asked_once(
         asked.append(len(tokens))
         return encode(model, tokens)
 
+    def noted_together(clip: nn.Module, tokens: Tensor) -> Tensor:
+        asked.append(len(tokens))
+        return together(clip, tokens)
+
     monkeypatch.setattr(VideoTextModel, "encode_text", noted)
+    together = prompt_encoding.encode_tokens
+    monkeypatch.setattr(prompt_encoding, "encode_tokens", noted_together)
     locked = build(tmp_path, replace(RECIPE, templates=templates))
     free = build(tmp_path, replace(FREE, mixing=Mixing(), templates=templates))
     chosen = set()

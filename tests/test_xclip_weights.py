@@ -308,7 +308,7 @@ def test_several_views_are_the_same_each_time(h264_video: Path) -> None:
 def by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A published name whose file a user has put into the folder of downloads."""
     name = "xclip-base-patch32"
-    monkeypatch.setitem(MODELS, name, replace(MODELS[name], config=xclip_config("small")))
+    monkeypatch.setitem(MODELS, name, replace(MODELS[name], describe=lambda: xclip_config("small")))
     monkeypatch.setenv("ACTIONCLIP_OFFLINE", "1")
     path = tmp_path / f"{name}.bin"
     torch.save(to_hugging_face(official_state("small")), path)
@@ -342,7 +342,7 @@ def test_another_models_file_under_the_name_is_refused(
         config = replace(config, num_frames=8)
     else:
         config = replace(config, clip=replace(config.clip, vision_layers=4))
-    entry = replace(MODELS["xclip-base-patch32"], config=config)
+    entry = replace(MODELS["xclip-base-patch32"], describe=lambda: config)
     monkeypatch.setitem(MODELS, "xclip-base-patch32", entry)
     with pytest.raises(
         WeightsError, match=r"xclip-base-patch32\.bin is that of another model; replace it by https"
