@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from actionclip import losses, sampling, tokenizer, video
+    from actionclip import complexity, inference, losses, sampling, tokenizer, video
     from actionclip.classifier import Prediction, VideoClassifier, VideoResult
     from actionclip.ensembling import interpolate
     from actionclip.errors import (
@@ -51,6 +51,8 @@ __all__ = [
     "WeightsError",
     "XCLIPConfig",
     "available_models",
+    "complexity",
+    "inference",
     "interpolate",
     "load",
     "losses",

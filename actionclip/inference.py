@@ -9,7 +9,7 @@ convolution; on a CPU weights are laid out for its matrix instructions once. It 
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +42,15 @@ def pack(model: VideoTextModel, *, compile: bool = False) -> VideoTextModel:
             compiler. Call it from one thread.
 
     Returns:
-        A model that gives the same results in inference mode. Its text encoder is the model's.
+        A model that gives the same results under `torch.inference_mode()`. Its text encoder is the
+        model's. It cannot be saved, cast or packed again.
 
     Raises:
-        InputError: from the first call, if `compile` finds no compiler that works.
+        InputError: if the model is packed already; from the first call, if `compile` finds no
+            compiler that works.
     """
+    if "state_dict" in vars(model):
+        raise InputError("the model is packed already; pass the one that it was made from")
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     packed = copy.deepcopy(model, shared)
     visual = packed.clip.visual
@@ -61,7 +65,12 @@ def pack(model: VideoTextModel, *, compile: bool = False) -> VideoTextModel:
             visual.add_module("transformer", transformer)
     if compile:
         packed.video_features = _compiled(packed)  # type: ignore[method-assign, assignment]
+    packed.state_dict = _refuse_to_save  # type: ignore[method-assign]
     return packed.eval()
+
+
+def _refuse_to_save(*_: object, **__: object) -> NoReturn:
+    raise InputError("a packed model cannot be saved; save the one that it was made from")
 
 
 def _compiled(model: VideoTextModel) -> Callable[[Tensor], tuple[Tensor, ...]]:
@@ -77,7 +86,8 @@ def _compiled(model: VideoTextModel) -> Callable[[Tensor], tuple[Tensor, ...]]:
         except TorchDynamoException as error:
             reason = str(getattr(error, "inner_exception", error)).splitlines()[0]
             raise InputError(
-                f"the image encoder cannot be compiled here ({reason}); do without compile"
+                f"the image encoder cannot be compiled here ({reason}); install one, or "
+                "leave out compile (--compile)"
             ) from error
         # The next call writes into the same memory.
         return tuple(feature.clone() for feature in features) if on_gpu else features

@@ -5,6 +5,7 @@ import ast
 import gc
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -205,3 +206,20 @@ def test_a_full_disk_on_standard_output_has_its_code(tmp_path: Path) -> None:
         )
     assert process.returncode == 5
     assert "Exception ignored" not in process.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_imports(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import may drop what a signal raises, and leave half of a module behind."""
+    monkeypatch.delitem(sys.modules, "torch")
+    imported = []
+
+    def work(_: argparse.Namespace) -> command.ExitCode:
+        with command.quick_imports():
+            signal.raise_signal(number)
+            imported.append("all of it")
+        return command.ExitCode.DONE
+
+    assert command.run(command.build_parser("p", "d"), work, []) == 128 + number
+    assert imported == ["all of it"]
+    gc.unfreeze()

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import filled
 import pytest
@@ -22,7 +23,7 @@ from actionclip.models.xclip import XCLIP, XCLIPConfig
 from actionclip.similarity import fuse_templates
 from actionclip.synthetic import render, sentences
 from actionclip.transforms import normalize
-from actionclip.weights import load
+from actionclip.weights import load, save
 
 SMALL = CLIPConfig(
     embed_dim=32,
@@ -266,3 +267,11 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = pack(small("meanp"), compile=True)
     with pytest.raises(InputError, match=r"cannot be compiled here \(no compiler found\)"):
         packed.video_features(videos())
+
+
+def test_a_packed_model_is_not_packed_or_saved(tmp_path: Path) -> None:
+    packed = pack(small("meanp"))
+    with pytest.raises(InputError, match="packed already"):
+        pack(packed)
+    with pytest.raises(InputError, match="cannot be saved"):
+        save(packed, tmp_path / "model.safetensors")

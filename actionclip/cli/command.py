@@ -114,11 +114,31 @@ def quick_imports() -> Iterator[None]:
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with _signals_wait():
+            yield
     finally:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Deliver signals afterwards: PyTorch drops what its attempt to import NumPy raises."""
+    waiting: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    try:
+        before = [signal.signal(number, lambda n, _: waiting.append(n)) for number in numbers]
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+        if waiting:
+            signal.raise_signal(waiting[0])
 
 
 def say(prog: str, text: str) -> None:
