@@ -1,6 +1,6 @@
 """Run the CPU benchmarks one after another and rewrite the table of benchmarks/README.md.
 
-    python -m benchmarks               all of them, in under 30 minutes on 2 cores
+    python -m benchmarks               all of them, in about half an hour on 2 quiet cores
     python -m benchmarks NAME...       some of them
     python -m benchmarks --table       only rewrite the table
 
@@ -26,9 +26,9 @@ from benchmarks import table
 
 # What each script is started with; what is not said here is its default.
 SUITE: dict[str, tuple[str, ...]] = {
-    "encode": (),
+    "encode": ("--repeats", "3"),
     "text": (),
-    "video": (),
+    "video": ("--repeats", "3"),
     "preprocess": (),
     "start": (),
     "load": (),
