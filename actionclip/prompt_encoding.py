@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actionclip.inference import PackedMLP
 from actionclip.models.base import VideoTextModel
 from actionclip.models.clip import CLIP
-from actionclip.models.layers import MLP, QuickGELU, ResidualAttentionBlock, SelfAttention
+from actionclip.models.layers import ResidualAttentionBlock, SelfAttention
 from actionclip.tokenizer import tokenize
 
 # Nodes computed at a time: enough to fill the matrix units, while no activation of the
@@ -148,7 +149,7 @@ def _encode_batch(clip: CLIP, texts: Tensor) -> Tensor:
         if block is last:  # nothing but the ends is read after it
             x, mixed = x[ends], mixed[ends]
         x += block.attn.out_proj(mixed)
-        x += _run_mlp(block.mlp, block.ln_2(x))
+        x += PackedMLP(block.mlp)(block.ln_2(x))
     return clip.ln_final(x) @ clip.text_projection
 
 
@@ -161,13 +162,3 @@ def _attend(attn: SelfAttention, x: Tensor, keys: Tensor, mask: Tensor) -> Tenso
     kv = qkv[keys, width:].view(*keys.shape, 2, attn.heads, -1).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(q, kv[0], kv[1], attn_mask=mask)
     return mixed.transpose(1, 2).reshape(-1, width)
-
-
-def _run_mlp(mlp: MLP, x: Tensor) -> Tensor:
-    """Run an MLP; QuickGELU as an in-place SiLU between matrix products that scale for it."""
-    if not isinstance(mlp.activation, QuickGELU):
-        return mlp(x)
-    # x * sigmoid(1.702 x) = silu(1.702 x) / 1.702
-    up, down = mlp.c_fc, mlp.c_proj
-    hidden = torch.addmm(up.bias, x, up.weight.t(), beta=1.702, alpha=1.702)
-    return torch.addmm(down.bias, F.silu(hidden, inplace=True), down.weight.t(), alpha=1 / 1.702)
