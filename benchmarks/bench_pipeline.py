@@ -19,14 +19,13 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-import av
 import measure
 import numpy as np
 import torch
+from clips import write_moving_noise
 from torch import Tensor
 
 import actionclip
@@ -48,26 +47,11 @@ TOLERANCE = 1e-5
 
 
 def render_clips(folder: Path) -> list[str]:
-    """Write 10 s of moving noise and gradients in H.264, 340x256, a key frame every 48."""
-    width, height = 340, 256
-    paths = []
-    for number in range(DISTINCT_CLIPS):
-        generator = np.random.default_rng(number)
-        noise = generator.integers(0, 60, (height, width + 300, 3), dtype=np.uint8)
-        ramp = np.linspace(0, 190, width, dtype=np.uint8)[None, :, None]
-        paths.append(str(folder / f"{number}.mp4"))
-        with av.open(paths[-1], "w") as output:
-            stream = output.add_stream("libx264", rate=30, options={"preset": "veryfast"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.codec_context.gop_size = 48
-            stream.codec_context.time_base = Fraction(1, 30)
-            for i in range(300):
-                image = noise[:, i : i + width] // 2 + np.roll(ramp, 3 * i, axis=1)
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-                frame.pts = i
-                output.mux(stream.encode(frame))
-            output.mux(stream.encode(None))
-    return paths
+    """Write clips of 10 s in H.264, 340x256, each with noise of its own."""
+    return [
+        write_moving_noise(folder / f"{number}.mp4", 340, 256, seed=number)
+        for number in range(DISTINCT_CLIPS)
+    ]
 
 
 def build(name: str, num_frames: int) -> ActionCLIP:

@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,28 +217,6 @@ def commands(videos: Mapping[str, str], files: Mapping[str, str]) -> dict[str, l
     return {name: [python, *words] for name, words in found.items()}
 
 
-def render(path: Path, width: int, height: int) -> str:
-    """Write 10 s of a pattern that moves under noise, in H.264, a key frame every 48."""
-    import av
-    import numpy as np
-
-    generator = np.random.default_rng(0)
-    noise = generator.integers(0, 60, (height, width + 300, 3), dtype=np.uint8)
-    ramp = np.linspace(0, 190, width, dtype=np.uint8)[None, :, None]
-    with av.open(str(path), "w") as output:
-        stream = output.add_stream("libx264", rate=30, options={"preset": "veryfast"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.gop_size = 48
-        stream.codec_context.time_base = Fraction(1, 30)
-        for i in range(300):
-            image = noise[:, i : i + width] // 2 + np.roll(ramp, 3 * i, axis=1)
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts = i
-            output.mux(stream.encode(frame))
-        output.mux(stream.encode(None))
-    return str(path)
-
-
 def write_models(folder: Path) -> dict[str, str]:
     """Write the same random ViT-B/32 in two formats, and an X-CLIP if transformers is here."""
     import bench_load
@@ -308,6 +285,7 @@ def find_stages(video: str, weights: str, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     import measure
+    from clips import write_moving_noise
 
     import actionclip
 
@@ -320,7 +298,10 @@ def main() -> None:
         compileall.compile_dir(source, quiet=1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        videos = {size: render(folder / f"{size}.mp4", *sides) for size, sides in SIZES.items()}
+        videos = {
+            size: write_moving_noise(folder / f"{size}.mp4", *sides)
+            for size, sides in SIZES.items()
+        }
         files = write_models(folder)
         contestants = commands(videos, files)
         assert_agreement(contestants, tuple(SIZES))

@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +24,7 @@ import av
 import measure
 import numpy as np
 from av.codec import codecs_available
+from clips import H264, write_moving_noise
 
 from actionclip.sampling import segment_indices
 from actionclip.video import decode
@@ -186,7 +186,6 @@ def examine(path: str, kind: str, absent: dict[str, str], repeats: int) -> dict:
 
 
 # name -> (encoder, its options, width, height, key frame every so many)
-H264 = {"preset": "veryfast"}
 HEVC = {"preset": "superfast", "x265-params": "log-level=none"}
 VP9 = {"cpu-used": "8", "deadline": "realtime", "row-mt": "1"}
 CLIPS: dict[str, tuple[str, dict[str, str], int, int, int]] = {
@@ -206,22 +205,8 @@ def render_clips(folder: Path) -> list[str]:
         if codec not in codecs_available:
             print(f"{name} is left out: this PyAV cannot write {codec}")
             continue
-        generator = np.random.default_rng(0)
-        noise = generator.integers(0, 60, (height, width + 300, 3), dtype=np.uint8) // 2
-        ramp = np.linspace(0, 190, width, dtype=np.uint8)[None, :, None]
-        paths.append(str(folder / name))
-        with av.open(paths[-1], "w") as output:
-            stream = output.add_stream(codec, rate=30, options=options)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.codec_context.gop_size = gop
-            stream.codec_context.thread_count = CORES
-            stream.codec_context.time_base = Fraction(1, 30)
-            for i in range(300):
-                image = noise[:, i : i + width] + np.roll(ramp, 3 * i, axis=1)
-                frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-                frame.pts = i
-                output.mux(stream.encode(frame))
-            output.mux(stream.encode(None))
+        path = folder / name
+        paths.append(write_moving_noise(path, width, height, gop=gop, codec=codec, options=options))
     return paths
 
 
