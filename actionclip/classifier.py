@@ -8,8 +8,9 @@ once and kept. Memory holds a few videos' frames, however many there are.
 import math
 import os
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -19,17 +20,21 @@ from torch import Tensor
 from actionclip.ahead import map_ahead
 from actionclip.errors import InputError, VideoError
 from actionclip.inference import pack
+from actionclip.isolation import Isolated, LostWorkError
 from actionclip.models.base import VideoTextModel
 from actionclip.prompt_encoding import encode_prompts
 from actionclip.prompts import TEMPLATES, check_class_names, class_prompts, comparison_key
-from actionclip.sampling import view_indices
+from actionclip.reading import Reading, ViewReader
 from actionclip.similarity import fuse_logits
 from actionclip.text_cache import cached_embeddings
 from actionclip.tokenizer import words
-from actionclip.transforms import normalize, views
-from actionclip.video import DecodedVideo, Limits, Span, decode
+from actionclip.transforms import normalize
+from actionclip.video import Limits, Span
 
 Video = str | os.PathLike[str] | Span
+
+# A reader keeps its own limit of time; only one that hangs in native code is past it by so much.
+_GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,9 @@ class VideoClassifier:
             on a list; 0 decodes in turn.
         limits: what a video file may cost; None is the default `Limits()`.
         strict: whether a damaged video is an error instead of being scored by what is left.
+        isolated: decode in processes instead of threads, so that a file which crashes or stalls
+            a decoder costs its own result only. As ever with `multiprocessing`, a script has to
+            begin with `if __name__ == "__main__":`.
         text_cache: keep the text embeddings of many labels on disk, beside downloaded files,
             for the next classifier with the same weights and sentences.
         compile: compile the image encoder, see `inference.pack` for what that costs.
@@ -127,6 +135,7 @@ class VideoClassifier:
         workers: int = 2,
         limits: Limits | None = None,
         strict: bool = False,
+        isolated: bool = False,
         text_cache: bool = True,
         compile: bool = False,
     ) -> None:
@@ -169,7 +178,16 @@ class VideoClassifier:
         self.workers = workers
         self.limits = limits or Limits()
         self.strict = strict
-        self.preprocessing = model.preprocessing
+        self.isolated = isolated
+        self._reader = ViewReader(
+            num_frames=model.num_frames,
+            num_clips=num_clips,
+            num_crops=num_crops,
+            rule=model.config.sampling,
+            preprocessing=model.preprocessing,
+            limits=self.limits,
+            strict=strict,
+        )
         if model.linear is None:
             prompts = class_prompts(templates, self.labels, raw_labels=self.raw_labels)
             self._warn_of_unknown_words(prompts)
@@ -237,10 +255,11 @@ class VideoClassifier:
             return Prediction(self.labels, self([videos]).scores[0])
         scores = []
         for outcome in self._classify(videos):
-            if outcome.error is not None:
-                raise outcome.error
-            if outcome.damage:
-                warnings.warn(f"{outcome.name}: damaged: {outcome.damage}", stacklevel=2)
+            reading = outcome.reading
+            if reading.error is not None:
+                raise reading.error
+            if reading.damage:
+                warnings.warn(f"{reading.name}: damaged: {reading.damage}", stacklevel=2)
             assert outcome.scores is not None
             scores.append(outcome.scores)
         if not scores:
@@ -262,17 +281,19 @@ class VideoClassifier:
         if isinstance(videos, str | os.PathLike | Span):
             raise InputError(f"stream takes a list of paths, got the single path {videos!r}")
         for outcome in self._classify(videos):
-            if outcome.error is not None:
-                reason, message = outcome.error.reason, outcome.error.message
-                yield VideoResult(outcome.name, "error", reason, message)
+            reading = outcome.reading
+            if reading.error is not None:
+                yield VideoResult(
+                    reading.name, "error", reading.error.reason, reading.error.message
+                )
                 continue
             assert outcome.scores is not None
             yield VideoResult(
-                outcome.name,
-                "damaged" if outcome.damage else "ok",
-                "damaged" if outcome.damage else None,
-                outcome.damage or None,
-                outcome.num_frames,
+                reading.name,
+                "damaged" if reading.damage else "ok",
+                "damaged" if reading.damage else None,
+                reading.damage or None,
+                reading.num_frames,
                 Prediction(self.labels, outcome.scores),
                 outcome.logits,
             )
@@ -283,78 +304,58 @@ class VideoClassifier:
         # The views of the next batch are cut while the model is busy with this one.
         batch = math.ceil(self.batch_size / (self.num_clips * self.num_crops))
         is_alone = isinstance(videos, Sequence) and len(videos) == 1
-        prepare = partial(self._prepare, threads=max(1, self.workers) if is_alone else 1)
-        for outcome in map_ahead(prepare, videos, self.workers, "decode", batch=batch):
-            pending.append(outcome)
-            ready = sum(len(o.views) for o in pending if o.views is not None)
-            if ready == 0 or ready >= self.batch_size:
-                yield from self._score(pending)
-                pending = []
-        yield from self._score(pending)
+        reader = replace(self._reader, threads=max(1, self.workers) if is_alone else 1)
+        seconds = self.limits.max_seconds + _GRACE_SECONDS
+        one_thread = partial(torch.set_num_threads, 1)
+        isolated = Isolated(reader, seconds, one_thread, modules=[ViewReader.__module__])
+        is_isolated = self.isolated and self.workers > 0
+        read = partial(_read_isolated, isolated) if is_isolated else reader
+        readings = map_ahead(
+            partial(self._prepare, read), videos, self.workers, "decode", batch=batch
+        )
+        # In this order an early end does not wait for what the children still decode.
+        with closing(readings), isolated:
+            for reading in readings:
+                pending.append(_Outcome(reading))
+                ready = sum(len(o.reading.views) for o in pending if o.reading.views is not None)
+                if ready == 0 or ready >= self.batch_size:
+                    yield from self._score(pending)
+                    pending = []
+            yield from self._score(pending)
 
-    def _prepare(self, video: Video | Tensor, threads: int = 1) -> "_Outcome":
-        """Cut the views (V, T, 3, R, R) of one video, or note why it cannot be used."""
-        cut = partial(views, preprocessing=self.preprocessing, num_crops=self.num_crops)
+    def _prepare(self, read: Callable[[Span], Reading], video: Video | Tensor) -> Reading:
+        """Read one video, or take its frames from memory."""
         if isinstance(video, Tensor):
             if video.ndim != 4 or video.shape[1] != 3 or video.dtype != torch.uint8:
                 shape = tuple(video.shape)
                 raise InputError(f"frames are {shape} {video.dtype}; use (T, 3, H, W) torch.uint8")
             if 0 in video.shape:
                 raise InputError(f"frames are {tuple(video.shape)}: there is nothing to see")
-            indices = self._choose(len(video))
-            frames = torch.stack([cut(video[i].cpu()) for i in indices])
-            return _Outcome("frames", views=self._arrange(frames), num_frames=len(video))
+            return self._reader.read_frames(video)
         if not isinstance(video, str | os.PathLike | Span):
             raise InputError(
                 f"a video is a {type(video).__name__}; pass a path or a tensor (T, 3, H, W) uint8"
             )
         span = video if isinstance(video, Span) else Span(video)
-        name = os.fspath(span.path)
-        try:
-            decoded: DecodedVideo = decode(
-                name,
-                self._choose,
-                start_seconds=span.start_seconds,
-                end_seconds=span.end_seconds,
-                transform=cut,
-                limits=self.limits,
-                strict=self.strict,
-                threads=threads,
-            )
-        except VideoError as error:
-            return _Outcome(name, error=error)
-        return _Outcome(
-            name,
-            views=self._arrange(decoded.frames),
-            num_frames=decoded.num_frames,
-            damage=decoded.damage,
-        )
-
-    def _choose(self, num_frames: int) -> list[int]:
-        rule = self.model.config.sampling
-        clips = view_indices(num_frames, self.model.num_frames, self.num_clips, rule=rule)
-        return [index for clip in clips for index in clip]
-
-    def _arrange(self, frames: Tensor) -> Tensor:
-        """Turn cropped frames (clips * T, crops, 3, R, R) into views (clips * crops, T, ...)."""
-        return frames.unflatten(0, (self.num_clips, -1)).transpose(1, 2).flatten(0, 1)
+        return read(replace(span, path=os.fspath(span.path)))
 
     @torch.inference_mode()
     def _score(self, outcomes: "list[_Outcome]") -> "list[_Outcome]":
         """Fill in the scores of the outcomes that have views."""
-        usable = [outcome for outcome in outcomes if outcome.views is not None]
+        usable = [outcome for outcome in outcomes if outcome.reading.views is not None]
         if not usable:
             return outcomes
-        pixels = torch.cat([outcome.views for outcome in usable if outcome.views is not None])
+        views = [outcome.reading.views for outcome in usable]
+        pixels = torch.cat([torch.from_numpy(one) for one in views])
         parts = [self._logits(part).float().cpu() for part in pixels.split(self.batch_size)]
         logits = torch.cat(parts).unflatten(0, (len(usable), -1))
         for outcome, own, scores in zip(usable, logits, fuse_logits(logits), strict=True):
-            outcome.logits, outcome.scores, outcome.views = own, scores, None
+            outcome.logits, outcome.scores, outcome.reading.views = own, scores, None
         return outcomes
 
     def _logits(self, pixels: Tensor) -> Tensor:
         """Compare views (N, T, 3, R, R) uint8 with P templates of K labels: (N, P, K)."""
-        mean, std = self.preprocessing.mean, self.preprocessing.std
+        mean, std = self.model.preprocessing.mean, self.model.preprocessing.std
         features = self._packed.video_features(normalize(pixels.to(self.model.device), mean, std))
         if self.model.linear is not None:
             logits = self.model.linear(features[0].float())
@@ -364,14 +365,19 @@ class VideoClassifier:
         return logits.unflatten(1, texts.shape[:2])
 
 
+def _read_isolated(isolated: Isolated[Span, Reading], span: Span) -> Reading:
+    """Read a video in a child process, and note what became of a child that did not answer."""
+    try:
+        return isolated(span)
+    except LostWorkError as error:
+        name = os.fspath(span.path)
+        return Reading(name, error=VideoError(name, error.reason, error.message))
+
+
 @dataclass
 class _Outcome:
     """One video on its way through the classifier."""
 
-    name: str
-    views: Tensor | None = None
-    num_frames: int | None = None
-    damage: str = ""
-    error: VideoError | None = None
+    reading: Reading
     scores: Tensor | None = None
     logits: Tensor | None = None

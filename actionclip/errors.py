@@ -6,8 +6,29 @@ is a bug of ours.
 """
 
 
+def short(value: object) -> str:
+    """Return a value as a message quotes it: on one line, and no longer than one reads."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:77] + "...")
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 class ActionClipError(Exception):
     """Base of every error that the package raises on purpose."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """Escape control characters and undecodable bytes, so that text cannot steer a terminal."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for c in text
+    )
 
 
 class InputError(ActionClipError, ValueError):
@@ -30,7 +51,7 @@ class VideoError(ActionClipError, ValueError):
         self.message = message
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}: {self.message}"
+        return one_line(f"{self.path}: {self.reason}: {self.message}")
 
 
 class WeightsError(ActionClipError, RuntimeError):

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import sys
-import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -123,20 +123,6 @@ def test_folders_of_frames(tmp_path, capsys):
     assert "img_00001.png" in row["message"]
 
 
-def test_videos_are_decoded_at_the_same_time(clips, monkeypatch):
-    for name in "abcd":
-        (clips / "golf" / f"{name}.mp4").write_bytes((clips / "golf" / "golf.mp4").read_bytes())
-    barrier = threading.Barrier(3, timeout=20)
-    original = check.decode
-
-    def meet(*arguments, **options):
-        barrier.wait()
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(check, "decode", meet)
-    assert main(["clips", "--workers", "3"]) == 0  # six videos: two rounds of three
-
-
 def test_a_film_may_take_longer_than_while_training(clips, monkeypatch):
     monkeypatch.setattr(check, "LIMITS", Limits(max_seconds=0.0))
     assert main(["clips"]) == 3
@@ -156,7 +142,7 @@ def test_few_videos_are_under_way_at_a_time(clips):
             return check.Sample(str(clips / "golf" / "golf.mp4"), (0,))
 
     samples = Endless()
-    results = map_ahead(check.decode_one, samples, 2, "check")
+    results = map_ahead(partial(check.decode_one, limits=Limits()), samples, 2, "check")
     for _ in range(10):
         next(results)
     results.close()

@@ -1,7 +1,7 @@
 """VideoClassifier: one flow from a file to scores, whatever the batching."""
 
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import filled
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden_files import clip_config
+from isolated_work import FragileReader
 from video_files import write_video
 
 import actionclip
@@ -17,7 +18,7 @@ from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
 from actionclip.prompts import TEMPLATES
 from actionclip.sampling import segment_indices
 from actionclip.tokenizer import tokenize
-from actionclip.video import Span, read_frames
+from actionclip.video import Limits, Span, read_frames
 
 LABELS = ["juggling balls", "archery", "BrushHair"]
 
@@ -330,3 +331,37 @@ def test_wrong_frames(model: ActionCLIP) -> None:
         classifier([])
     with pytest.raises(actionclip.InputError, match="a video is a ndarray; pass a path or a ten"):
         classifier(np.zeros((4, 3, 64, 64), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_clips": 2, "num_crops": 3, "batch_size": 3}])
+def test_processes_change_nothing(model: ActionCLIP, videos: list[Path], options: dict) -> None:
+    expected = VideoClassifier(model, LABELS, **options)(videos)
+    isolated = VideoClassifier(model, LABELS, isolated=True, **options)
+    assert torch.equal(isolated(videos).scores, expected.scores)
+    spans = [Span(videos[0], 0.2, 0.6), "nowhere.mp4"]
+    known = list(VideoClassifier(model, LABELS, **options).stream(spans))
+    for ours, theirs in zip(isolated.stream(spans), known, strict=True):
+        assert (ours.path, ours.status, ours.reason, ours.message, ours.num_frames) == (
+            theirs.path, theirs.status, theirs.reason, theirs.message, theirs.num_frames
+        )  # fmt: skip
+
+
+def test_a_decoder_that_dies_or_hangs_costs_one_video(
+    model: ActionCLIP, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actionclip.classifier._GRACE_SECONDS", 0.5)
+    paths = [tmp_path / name for name in ("a.mp4", "crash.mp4", "b.mp4", "hang.mp4", "c.mp4")]
+    for path in paths:
+        path.write_bytes(videos[1].read_bytes())
+    limits = Limits(max_seconds=1.5)
+    classifier = VideoClassifier(model, LABELS, isolated=True, limits=limits, batch_size=2)
+    reader = classifier._reader
+    settings = {field.name: getattr(reader, field.name) for field in fields(reader)}
+    classifier._reader = FragileReader(**settings)
+    results = list(classifier.stream(paths))
+    assert [result.reason for result in results] == [None, "crashed", None, "timeout", None]
+    assert results[1].message == "the process that worked on it got SIGSEGV, 2 times"
+    assert results[3].message == "it took over 2 seconds, and was stopped"
+    (expected,) = VideoClassifier(model, LABELS).stream(videos[1:2])
+    for i in (0, 2, 4):
+        torch.testing.assert_close(results[i].prediction.scores, expected.prediction.scores)

@@ -237,7 +237,9 @@ def test_top1_on_rendered_clips_is_unchanged(dtype: torch.dtype) -> None:
     clips = [torch.from_numpy(render(text, 0)) for text in labels[::10]]
     model = load("tiny", device="cpu")
     classifier = VideoClassifier(model, labels)
-    pixels = torch.stack([classifier._prepare(clip).views[0] for clip in clips])  # type: ignore[index]
+    pixels = torch.stack(
+        [torch.from_numpy(classifier._reader.read_frames(clip).views[0]) for clip in clips]
+    )
     pixels = normalize(pixels, model.pixel_mean, model.pixel_std)
     texts = classifier.text_embeddings.flatten(0, 1)
     exact = model.compare(model.video_features(pixels), texts, 100.0)

@@ -1,5 +1,6 @@
 """The command as its user meets it: rows, one-line errors, exit codes."""
 
+import base64
 import csv
 import io
 import json
@@ -18,6 +19,7 @@ from video_files import write_video
 
 import actionclip
 from actionclip.__main__ import main as package_main
+from actionclip.classifier import VideoClassifier
 from actionclip.cli import building, report, zeroshot
 from actionclip.errors import OutputError
 from actionclip.models.actionclip import ActionCLIP, ActionCLIPConfig
@@ -139,8 +141,10 @@ def test_paths_from_standard_input(run, monkeypatch: pytest.MonkeyPatch) -> None
     code, out, err = run("-", "--format", "jsonl")
     assert code == 3
     found = [os.path.join("clips", name) for name in ("b.webm.mkv", "c.mp4")]
-    assert [row["path"] for row in rows(out)] == ["a.mp4", "nowhere \udcff.mp4", *found]
-    assert "nowhere \\udcff.mp4: missing" in err
+    assert [row["path"] for row in rows(out)] == ["a.mp4", "nowhere \ufffd.mp4", *found]
+    assert base64.b64decode(rows(out)[1]["path_b64"]) == b"nowhere \xff.mp4"
+    assert ["path_b64" in row for row in rows(out)] == [False, True, False, False]
+    assert "nowhere \ufffd.mp4: missing" in err
 
 
 def test_labels_and_templates_from_files(run, folder: Path) -> None:
@@ -172,12 +176,82 @@ def test_output_file(run, folder: Path) -> None:
     assert code == 5
     assert err == (
         "actionclip-zeroshot: cannot write the results to no/folder/scores.txt: "
-        "No such file or directory\n"
+        "there is no such folder\n"
     )
     if os.path.exists("/dev/full"):
         code, _, err = run("a.mp4", "--output", "/dev/full")
         assert code == 5
         assert err.endswith("No space left on device\n")
+
+
+@pytest.mark.parametrize("format", ["table", "json", "jsonl", "csv"])
+def test_a_killed_run_goes_on(run, folder: Path, format: str, monkeypatch) -> None:
+    videos = ("a.mp4", "clips", "text.mp4", "nowhere.mp4", "a.mp4")
+    output = folder / f"rows.{format}"
+    _, expected, _ = run(*videos, "--format", format)
+    classify = VideoClassifier.stream
+    taken = []
+
+    def stream(self: VideoClassifier, paths):
+        for result in classify(self, paths):
+            if len(taken) == 3:
+                raise KeyboardInterrupt
+            taken.append(result.path)
+            yield result
+
+    monkeypatch.setattr(VideoClassifier, "stream", stream)
+    options = (*videos, "--format", format, "--output", str(output))
+    assert run(*options)[0] == 130
+    assert output.exists() == (format == "jsonl")
+    taken.clear()
+    monkeypatch.setattr(VideoClassifier, "stream", classify)
+    code, out, err = run(*options)
+    assert (code, out) == (3, "")
+    end = "actionclip-zeroshot: 6 videos: 4 ok, 0 damaged, 2 error; 3 of them known from before\n"
+    assert err.endswith(end)
+    assert "a.mp4" not in err
+    written = output.read_text()
+    if format == "jsonl":
+        records = rows(written)
+        assert len({record.pop("key") for record in records}) == 5  # a.mp4 stands twice
+        written = "".join(json.dumps(record) + "\n" for record in records)
+    assert written == expected
+    assert not Path(f"{output}.part").exists()
+
+
+def test_other_settings_do_all_again(run, folder: Path) -> None:
+    options = ("clips", "--format", "jsonl", "--output", "settings.jsonl")
+    changes: list[tuple[tuple[str, ...], list[str]]] = [
+        ((), LABELS),
+        ((), LABELS[::-1]),
+        (("--clips", "2"), LABELS),
+        (("--crops", "3"), LABELS),
+        (("--frames", "3"), LABELS),
+        (("--templates", "none"), LABELS),
+        (("--raw-labels",), LABELS),
+        (("--top-k", "1"), LABELS),
+        (("--strict",), LABELS),
+        (("--precision", "bf16"), LABELS),
+    ]
+    for extra, labels in changes:
+        _, _, err = run(*options, *extra, labels=labels)
+        assert "known" not in err, extra
+    for harmless in ("--batch-size", "1"), ("--workers", "1"):
+        assert "2 of them known from before" in run(*options, *extra, *harmless)[2]
+
+
+def test_a_cell_is_never_computed(run, folder: Path) -> None:
+    for name in ("=cmd|' C calc'!A0.mp4", "@SUM(1).mp4", "plain.mp4"):
+        (folder / name).write_text("no video")
+    labels = ["+1", "-2 \x1b[2J", "archery"]
+    videos = ("./a.mp4", "=cmd|' C calc'!A0.mp4", "@SUM(1).mp4", "plain.mp4")
+    _, out, _ = run(*videos, "--format", "csv", labels=labels)
+    cells = [cell for line in csv.reader(io.StringIO(out)) for cell in line]
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r")) for cell in cells)
+    assert "\x1b" not in out
+    assert {"'=cmd|' C calc'!A0.mp4", "'@SUM(1).mp4", "'+1", "'-2 \\x1b[2J", "plain.mp4"} <= {
+        *cells
+    }
 
 
 @pytest.mark.parametrize(
@@ -292,7 +366,7 @@ def test_control_characters_cannot_reach_the_terminal(run, folder: Path) -> None
 
 
 def test_bars_have_eighths() -> None:
-    table = report.TableWriter(io.StringIO(), 1)
+    table = report.TableWriter(io.StringIO())
     assert table.bar(1.0) == "█" * 20
     assert table.bar(0.0) == ""
     assert table.bar(0.5 + 1 / 160) == "█" * 10 + "▏"
@@ -302,7 +376,7 @@ def test_bars_have_eighths() -> None:
     class Ascii(io.StringIO):
         encoding = "ascii"
 
-    assert report.TableWriter(Ascii(), 1).bar(0.5) == "#" * 10
+    assert report.TableWriter(Ascii()).bar(0.5) == "#" * 10
 
 
 def test_help_and_version(capsys) -> None:
@@ -317,7 +391,7 @@ def test_as_a_module(folder: Path, monkeypatch, capsys) -> None:
     assert package_main(["zeroshot", "a.mp4", "--labels", "x", "--model", "nothing"]) == 2
     assert capsys.readouterr().err.startswith("actionclip-zeroshot: model 'nothing'")
     assert package_main(["no-such-command"]) == 2
-    assert "{zeroshot,train,eval,check,synthetic}" in capsys.readouterr().err
+    assert "{zeroshot,train,eval,check,synthetic,env}" in capsys.readouterr().err
     assert package_main(["--help"]) == 0
 
 

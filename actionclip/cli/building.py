@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from actionclip import distributed
+from actionclip import __version__, distributed
 from actionclip.classifier import VideoClassifier
+from actionclip.conversion import config_to_json
 from actionclip.errors import InputError
 from actionclip.labels import read_templates
 from actionclip.models.base import VideoTextModel
 from actionclip.precision import PRECISION_NAMES, PRECISIONS, automatic_dtype
-from actionclip.weights import load
+from actionclip.weights import digest, load
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> VideoTextModel:
@@ -28,7 +29,11 @@ def load_model(args: argparse.Namespace, device: torch.device) -> VideoTextModel
 
 
 def build_classifier(
-    args: argparse.Namespace, labels: Sequence[str], model: VideoTextModel
+    args: argparse.Namespace,
+    labels: Sequence[str],
+    model: VideoTextModel,
+    *,
+    isolated: bool = True,
 ) -> VideoClassifier:
     """Make the classifier that the options ask for."""
     templates = None if args.templates is None else read_templates(args.templates)
@@ -42,8 +47,28 @@ def build_classifier(
         batch_size=args.batch_size,
         workers=args.workers,
         strict=args.strict,
+        isolated=isolated,
         compile=args.compile,
     )
+
+
+def settings_of(classifier: VideoClassifier) -> dict[str, Any]:
+    """Return all that decides the scores of a video besides the video, as plain JSON."""
+    model = classifier.model
+    return {
+        "actionclip": __version__,
+        "weights": digest(model),
+        "config": config_to_json(model.config),
+        "preprocessing": repr(model.preprocessing),
+        "labels": classifier.labels,
+        "templates": classifier.templates,
+        "raw_labels": classifier.raw_labels,
+        "num_clips": classifier.num_clips,
+        "num_crops": classifier.num_crops,
+        "scale": classifier.scale,
+        "limits": repr(classifier.limits),
+        "strict": classifier.strict,
+    }
 
 
 def join_processes(device: str | None, timeout_seconds: float) -> torch.device:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -14,8 +15,9 @@ from actionclip.annotations import Sample, describe
 from actionclip.classifier import VideoResult
 from actionclip.cli import command, data_options
 from actionclip.cli.command import ExitCode
-from actionclip.cli.report import WRITERS, open_output, refuse_to_overwrite
+from actionclip.cli.report import WRITERS, open_output, refuse_to_overwrite, row
 from actionclip.errors import InputError, VideoError
+from actionclip.isolation import Isolated, LostWorkError
 from actionclip.video import Limits, decode
 
 PROG = "actionclip-check"
@@ -34,6 +36,8 @@ examples:
 
 # An hour for one video: to read all of a film takes longer than to read a few of its frames.
 LIMITS = Limits(max_seconds=3600.0)
+# Only a decoder that hangs in native code is past that by so much.
+GRACE_SECONDS = 10.0
 
 
 def build_parser() -> command.OneLineParser:
@@ -79,15 +83,20 @@ def check(args: argparse.Namespace) -> ExitCode:
     counts = {"ok": 0, "damaged": 0, "error": 0, "missing": 0}
     total = len(videos.samples) + len(videos.missing)
     hidden = not sys.stderr.isatty()
-    with open_output(args.output) as file:
-        writer = WRITERS[args.format](file, top_k=0)
-        decoded = map_ahead(decode_one, videos.samples, args.workers, "check")
+    seconds = LIMITS.max_seconds + GRACE_SECONDS
+    one_thread = partial(torch.set_num_threads, 1)
+    decode_all = partial(decode_one, limits=LIMITS)
+    isolated = Isolated(decode_all, seconds, one_thread, modules=[__name__])
+    with open_output(args.output) as file, isolated:
+        writer = WRITERS[args.format](file, predicts=False)
+        check_one = partial(decode_isolated, isolated)
+        decoded = map_ahead(check_one, videos.samples, args.workers, "check")
         results = chain(decoded, (report_missing(name, videos.root) for name in videos.missing))
         for result in tqdm(results, total=total, unit="video", disable=hidden, file=sys.stderr):
             counts["missing" if result.reason == "missing" else result.status] += 1
             with tqdm.external_write_mode(file=sys.stderr):
                 if args.format != "table" or result.status != "ok":
-                    writer.write(result)
+                    writer.write(row(result, top_k=0))
         writer.close()
     summary = ", ".join(f"{count} {status}" for status, count in counts.items())
     command.say(PROG, f"{total} videos: {summary}")
@@ -99,7 +108,15 @@ def report_missing(name: str, root: str) -> VideoResult:
     return VideoResult(name, "error", "missing", f"not in {root}; restore it or use --videos")
 
 
-def decode_one(sample: Sample) -> VideoResult:
+def decode_isolated(isolated: Isolated[Sample, VideoResult], sample: Sample) -> VideoResult:
+    """Decode a sample in a child process, and report one that does not answer."""
+    try:
+        return isolated(sample)
+    except LostWorkError as error:
+        return VideoResult(sample.path, "error", error.reason, error.message)
+
+
+def decode_one(sample: Sample, limits: Limits) -> VideoResult:
     """Decode every frame of a sample and keep none."""
     nothing = torch.zeros(())
     try:
@@ -109,7 +126,7 @@ def decode_one(sample: Sample) -> VideoResult:
             start_seconds=sample.start_seconds,
             end_seconds=sample.end_seconds,
             transform=lambda frame: nothing,
-            limits=LIMITS,
+            limits=limits,
         )
     except VideoError as error:
         return VideoResult(sample.path, "error", error.reason, error.message)

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 from actionclip import __version__
-from actionclip.errors import ActionClipError, OutputError, TooManyBadError
+from actionclip.errors import ActionClipError, OutputError, TooManyBadError, one_line
 
 
 class ExitCode(IntEnum):
@@ -144,14 +144,6 @@ def _signals_wait() -> Iterator[None]:
 def say(prog: str, text: str) -> None:
     """Write one line to standard error."""
     print(f"{prog}: {one_line(text)}", file=sys.stderr, flush=True)
-
-
-def one_line(text: str) -> str:
-    """Escape control characters and undecodable bytes, so that text cannot steer a terminal."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for c in text
-    )
 
 
 def _fail(

@@ -84,7 +84,7 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, default=8, metavar="N", help="views encoded at a time (8)"
     )
     running.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="decoding threads, 0 for none (2)"
+        "--workers", type=int, default=2, metavar="N", help="decoding processes, 0 for none (2)"
     )
     running.add_argument(
         "--compile",

@@ -1,18 +1,26 @@
 """Write results one by one, as a table for people or as rows for programs."""
 
+import base64
 import contextlib
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from actionclip.cli.command import one_line
-from actionclip.errors import InputError, OutputError
+from actionclip.errors import InputError, OutputError, one_line
 
 if TYPE_CHECKING:
     from actionclip.classifier import VideoResult
+
+Row = dict[str, Any]
+
+# How Python holds bytes of a name that are not UTF-8. In JSON many readers refuse them.
+_HALF = re.compile("[\ud800-\udfff]")
+# What makes a spreadsheet compute a cell.
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 BAR_WIDTH = 20
 # A full block and its left parts, an eighth at a time.
@@ -26,9 +34,9 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
     Raises:
         OutputError: if it cannot be opened, or written while it is open.
     """
-    try:
-        if path is None and sys.stdout is None:
-            raise OutputError("standard output is closed; use --output FILE")
+    if path is None and sys.stdout is None:
+        raise OutputError("standard output is closed; use --output FILE")
+    with as_output_error(path or "standard output"):
         if path is None:
             # A name that is not UTF-8, or a terminal that is not, must not end the run.
             if hasattr(sys.stdout, "reconfigure"):
@@ -38,10 +46,16 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
         else:
             with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
                 yield file
+
+
+@contextlib.contextmanager
+def as_output_error(name: str) -> Iterator[None]:
+    """Say of which output it is that the system cannot write it."""
+    try:
+        yield
     except BrokenPipeError:
         raise
     except OSError as error:
-        name = path or "standard output"
         raise OutputError(
             f"cannot write the results to {name}: {error.strerror or error}"
         ) from error
@@ -60,18 +74,22 @@ def refuse_to_overwrite(output: str | None, inputs: Iterable[str | None]) -> Non
             raise InputError(f"--output {output} is also an input; name another file")
 
 
-def row(result: "VideoResult", top_k: int) -> dict[str, Any]:
+def row(result: "VideoResult", top_k: int) -> Row:
     """Return the result as the JSON object that the documentation describes.
 
     With `top_k` 0, of a command that predicts nothing, it has no predictions.
     """
-    values: dict[str, Any] = {
+    values: Row = {
         "path": result.path,
         "status": result.status,
         "reason": result.reason,
         "message": result.message,
         "frames": result.num_frames,
     }
+    if _HALF.search(result.path):
+        values["path"] = _HALF.sub("\ufffd", result.path)
+        with contextlib.suppress(UnicodeEncodeError):  # a list may hold what no file is called
+            values["path_b64"] = base64.b64encode(os.fsencode(result.path)).decode()
     if top_k:
         values["predictions"] = []
     if top_k and result.prediction is not None:
@@ -81,14 +99,19 @@ def row(result: "VideoResult", top_k: int) -> dict[str, Any]:
 
 
 class JsonLinesWriter:
-    """One JSON object a line, complete as soon as it is written."""
+    """One JSON object a line, complete as soon as it is written.
 
-    def __init__(self, file: IO[str], top_k: int) -> None:
+    Args:
+        file: where to write.
+        predicts: whether rows hold predictions.
+    """
+
+    def __init__(self, file: IO[str], *, predicts: bool = True) -> None:
         self.file = file
-        self.top_k = top_k
+        self.predicts = predicts
 
-    def write(self, result: "VideoResult") -> None:
-        self.file.write(json.dumps(row(result, self.top_k)) + "\n")
+    def write(self, row: Row) -> None:
+        self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -98,12 +121,12 @@ class JsonLinesWriter:
 class JsonWriter(JsonLinesWriter):
     """One JSON array of the same objects."""
 
-    def __init__(self, file: IO[str], top_k: int) -> None:
-        super().__init__(file, top_k)
+    def __init__(self, file: IO[str], *, predicts: bool = True) -> None:
+        super().__init__(file, predicts=predicts)
         self.separator = "[\n"
 
-    def write(self, result: "VideoResult") -> None:
-        self.file.write(self.separator + json.dumps(row(result, self.top_k)))
+    def write(self, row: Row) -> None:
+        self.file.write(self.separator + json.dumps(row))
         self.separator = ",\n"
 
     def close(self) -> None:
@@ -116,38 +139,46 @@ class CsvWriter(JsonLinesWriter):
     COLUMNS = ("path", "status", "reason", "message", "frames")
     PREDICTION_COLUMNS = ("rank", "label", "score")
 
-    def __init__(self, file: IO[str], top_k: int) -> None:
-        super().__init__(file, top_k)
-        columns = (*self.COLUMNS, *(self.PREDICTION_COLUMNS if top_k else ()))
-        self.csv = csv.DictWriter(file, columns, lineterminator="\n")
+    def __init__(self, file: IO[str], *, predicts: bool = True) -> None:
+        super().__init__(file, predicts=predicts)
+        columns = (*self.COLUMNS, *(self.PREDICTION_COLUMNS if predicts else ()))
+        self.csv = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         self.csv.writeheader()
 
-    def write(self, result: "VideoResult") -> None:
-        values = row(result, self.top_k)
-        predictions = values.pop("predictions", [])
-        if not predictions:
-            self.csv.writerow(values)
-        for rank, prediction in enumerate(predictions, start=1):
-            self.csv.writerow({**values, "rank": rank, **prediction})
+    def write(self, row: Row) -> None:
+        predictions = row.get("predictions", [])
+        best = [{"rank": rank, **each} for rank, each in enumerate(predictions, start=1)]
+        for prediction in best or [{}]:
+            cells = {**row, **prediction}
+            self.csv.writerow({name: csv_cell(value) for name, value in cells.items()})
         self.file.flush()
+
+
+def csv_cell(value: Any) -> Any:
+    """Make a cell what it looks like: no control characters, and nothing that is computed.
+
+    Spreadsheets run a cell that begins like a formula; the apostrophe makes it text.
+    Source: OWASP, CSV Injection.
+    """
+    if not isinstance(value, str):
+        return value
+    return f"'{one_line(value)}" if value.startswith(_FORMULA_STARTS) else one_line(value)
 
 
 class TableWriter(JsonLinesWriter):
     """The path, then a score, a label and a bar a line, or what is wrong."""
 
-    def __init__(self, file: IO[str], top_k: int) -> None:
-        super().__init__(file, top_k)
+    def __init__(self, file: IO[str], *, predicts: bool = True) -> None:
+        super().__init__(file, predicts=predicts)
         self.blocks = BLOCKS if _can_encode(file, BLOCKS) else "#"
 
-    def write(self, result: "VideoResult") -> None:
-        lines = [one_line(result.path)]
-        if result.status != "ok" and self.top_k == 0:
-            lines.append(f"  {result.reason}: {one_line(result.message or '')}")
-        elif result.status != "ok":
-            lines.append(
-                f"  {result.status}" + (f": {result.reason}" if not result.prediction else "")
-            )
-        predictions = row(result, self.top_k).get("predictions", [])
+    def write(self, row: Row) -> None:
+        lines = [one_line(row["path"])]
+        predictions = row.get("predictions", [])
+        if row["status"] != "ok" and not self.predicts:
+            lines.append(f"  {row['reason']}: {one_line(row['message'] or '')}")
+        elif row["status"] != "ok":
+            lines.append(f"  {row['status']}" + ("" if predictions else f": {row['reason']}"))
         labels = [one_line(prediction["label"]) for prediction in predictions]
         width = max(map(len, labels), default=0)
         for label, prediction in zip(labels, predictions, strict=True):

@@ -7,19 +7,27 @@ do not wait for it.
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
+from actionclip import isolation
 from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
-from actionclip.cli.report import WRITERS, open_output, refuse_to_overwrite
-from actionclip.errors import InputError
+from actionclip.cli.report import (
+    WRITERS,
+    Row,
+    open_output,
+    refuse_to_overwrite,
+    row,
+)
+from actionclip.errors import InputError, OutputError
 from actionclip.labels import read_labels
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from actionclip.classifier import VideoResult
+    from actionclip.classifier import VideoClassifier
 
 PROG = "actionclip-zeroshot"
 
@@ -65,7 +73,11 @@ def build_parser() -> command.OneLineParser:
         "--top-k", type=int, default=5, metavar="K", help="best labels shown for each video (5)"
     )
     output.add_argument("--format", choices=tuple(WRITERS), default="table")
-    output.add_argument("--output", metavar="FILE", help="write there, not to standard output")
+    output.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write there, not to standard output; the same command goes on after a crash",
+    )
     return parser
 
 
@@ -80,6 +92,10 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
         raise InputError(f"--top-k is {args.top_k}, it must be at least 1")
     refuse_mixed_up_files(args)
     labels = read_labels(args.labels)
+    is_alone = len(args.videos) == 1 and args.videos[0] != "-" and not os.path.isdir(args.videos[0])
+    if args.workers > 0 and not is_alone:
+        # The processes that decode import PyTorch while this one does.
+        isolation.prepare(["actionclip.reading"])
     from actionclip.published import begun_fetch
 
     # A published file is verified while PyTorch is imported.
@@ -87,33 +103,73 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
         with command.quick_imports():
             from actionclip.cli import building
         model = building.load_model(args, building.pick_device(args.device))
-    classifier = building.build_classifier(args, labels, model)
+    classifier = building.build_classifier(args, labels, model, isolated=not is_alone)
     paths: Iterable[str] = expand(args.videos)
     if "-" not in args.videos:
         paths = list(paths)  # so that the progress bar knows where it ends
     counts = {"ok": 0, "damaged": 0, "error": 0}
-    with open_output(args.output) as file:
-        writer = WRITERS[args.format](file, args.top_k)
-        bar = progress(classifier.stream(paths), paths)
-        for result in bar:
-            counts[result.status] += 1
-            with bar.external_write_mode(file=sys.stderr):
-                writer.write(result)
-                if result.status != "ok":
-                    command.say(PROG, f"{result.path}: {result.reason}: {result.message}")
-        writer.close()
+    num_old = 0
+    with closing(write_rows(args, classifier, paths)) as rows:
+        bar = progress(rows, paths)
+        for each, is_new in bar:
+            counts[each["status"]] += 1
+            num_old += not is_new
+            if each["status"] != "ok" and is_new:
+                with bar.external_write_mode(file=sys.stderr):
+                    command.say(PROG, f"{each['path']}: {each['reason']}: {each['message']}")
     total = sum(counts.values())
     if total == 0:
         raise InputError("standard input named no videos; write one path a line")
     if total > 1:
         summary = ", ".join(f"{count} {status}" for status, count in counts.items())
-        command.say(PROG, f"{total} videos: {summary}")
+        known = f"; {num_old} of them known from before" if num_old else ""
+        command.say(PROG, f"{total} videos: {summary}{known}")
     return ExitCode.SOME_FAILED if counts["error"] else ExitCode.DONE
 
 
+def write_rows(
+    args: argparse.Namespace, classifier: "VideoClassifier", paths: Iterable[str]
+) -> Generator[tuple[Row, bool], None, None]:
+    """Write the row of every video where the arguments say; yield it, and whether it is new.
+
+    A file has the rows of finished videos whatever happens: as JSON lines in itself, in another
+    format in FILE.part until it is written as a whole.
+    """
+    from tqdm import tqdm
+
+    from actionclip.cli.building import settings_of
+    from actionclip.cli.journal import Journal, replace_output
+
+    def classify(paths: Iterable[str]) -> Generator[Row, None, None]:
+        with closing(classifier.stream(paths)) as results:
+            for result in results:
+                yield row(result, args.top_k)
+
+    if args.output is None or (os.path.exists(args.output) and not os.path.isfile(args.output)):
+        with open_output(args.output) as file, closing(classify(paths)) as rows:
+            writer = WRITERS[args.format](file)
+            for each in rows:
+                with tqdm.external_write_mode(file=sys.stderr):
+                    writer.write(each)
+                yield each, True
+            writer.close()
+        return
+    name = args.output if args.format == "jsonl" else f"{args.output}.part"
+    with Journal(name, {**settings_of(classifier), "top_k": args.top_k}) as journal:
+        with closing(journal.complete(paths, classify)) as completed:
+            yield from completed
+        if args.format == "jsonl":
+            journal.finish()
+        else:
+            replace_output(args.output, args.format, journal.rows())
+            os.remove(name)
+
+
 def refuse_mixed_up_files(args: argparse.Namespace) -> None:
-    """Refuse an output that would overwrite an input, and videos that became labels."""
+    """Refuse an output that cannot be or is an input, and videos that became labels."""
     refuse_to_overwrite(args.output, (*args.videos, *args.labels, args.model))
+    if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
+        raise OutputError(f"cannot write the results to {args.output}: there is no such folder")
     for label in args.labels:
         suffix = os.path.splitext(label)[1].lower()
         if suffix not in ("", ".txt", ".csv") and os.path.isfile(label):
@@ -148,10 +204,10 @@ def listed_on_stdin() -> Iterator[str]:
             yield path
 
 
-def progress(results: Iterator["VideoResult"], paths: Iterable[str]) -> "tqdm[VideoResult]":
+def progress(rows: Iterator[tuple[Row, bool]], paths: Iterable[str]) -> "tqdm[tuple[Row, bool]]":
     """Show a bar on standard error, where that is a terminal and there is more than one video."""
     from tqdm import tqdm
 
     total = len(paths) if isinstance(paths, list) else None
     hidden = not sys.stderr.isatty() or total == 1
-    return tqdm(results, total=total, unit="video", disable=hidden, file=sys.stderr)
+    return tqdm(rows, total=total, unit="video", disable=hidden, file=sys.stderr)
