@@ -129,17 +129,42 @@ def test_what_has_changed_is_done_again(videos, change: str) -> None:
     assert [line["path"] for line in lines()] == videos
 
 
-def test_what_may_have_passed_is_looked_at_again(videos) -> None:
+def test_a_video_that_was_missing(videos) -> None:
     os.rename("2.mp4", "elsewhere")
     complete(videos, Classifier())
     classifier = Classifier()
     complete(videos, classifier)
-    assert classifier.asked == ["2.mp4"]
+    assert classifier.asked == []
     os.rename("elsewhere", "2.mp4")
-    classifier = Classifier()
     complete(videos, classifier)
     assert classifier.asked == ["2.mp4"]
     assert [line["status"] for line in lines()] == ["ok"] * 6
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_video_that_could_not_be_read(videos) -> None:
+    os.chmod("2.mp4", 0)
+    complete(videos, Classifier())
+    os.chmod("2.mp4", 0o600)
+    classifier = Classifier()
+    complete(videos, classifier)
+    assert classifier.asked == ["2.mp4"]
+
+
+def test_an_error_of_the_disk_is_looked_at_again(videos) -> None:
+    complete(videos, Classifier())
+    text = (
+        Path("rows.jsonl")
+        .read_text()
+        .replace(
+            '"reason": null, "message": "about 2', '"reason": "unreadable", "message": "about 2'
+        )
+    )
+    Path("rows.jsonl").write_text(text)
+    classifier = Classifier()
+    complete(videos, classifier)
+    assert classifier.asked == ["2.mp4"]
+    assert [line["reason"] for line in lines()] == [None] * 6
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,8 @@ MAX_ROW_BYTES = 16_000_000
 
 # How every row begins, see `report.row`.
 _START = b'{"path": "'
-# Reasons that may be gone though the file is the same. To look again costs nothing.
-_PASSING = frozenset({"missing", "permission", "unreadable"})
+# Of a disk or network that failed; the next time the same file may be readable.
+_PASSING = "unreadable"
 
 
 class Journal:
@@ -92,7 +92,7 @@ class Journal:
                     f"{self.path}: its line at byte {end} is not a row that this command wrote "
                     "with --output; name another file, or remove it"
                 )
-            if row.get("reason") not in _PASSING:
+            if row.get("reason") != _PASSING:
                 self._known[row["key"]].append(end)
             self._num_rows += 1
             end += len(line)
@@ -135,7 +135,7 @@ class Journal:
         """Tell a video as it is now, under these settings, from all others."""
         try:
             status = os.stat(path)
-            file = [status.st_size, status.st_mtime_ns]
+            file = [status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)]
         except (OSError, ValueError):  # ValueError: a null character in the name
             file = []
         text = json.dumps([path, file, self._settings])
