@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from actionclip.cli import console
 
-COMMANDS = ("zeroshot", "train", "eval", "check", "synthetic")
+COMMANDS = ("zeroshot", "train", "eval", "check", "synthetic", "env")
 
 
 def main(argv: Sequence[str], call: Callable[[str, Sequence[str]], int] = console.call) -> int:

@@ -18,11 +18,11 @@ import re
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from actionclip.errors import InputError
+from actionclip.errors import InputError, short
 from actionclip.labels import read_text
 from actionclip.prompts import check_class_names, comparison_key
 from actionclip.video import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Span, by_number
@@ -170,7 +170,7 @@ def read_video_list(
     if not samples:
         raise InputError(
             f"{source}: none of its {len(listing.rows)} videos is in {root} (the first is "
-            f"{_short(missing[0])}; taken for a {listing.layout}); name their folder with --videos"
+            f"{short(missing[0])}; taken for a {listing.layout}); name their folder with --videos"
         )
     return VideoList(
         source,
@@ -549,7 +549,7 @@ def _read_hmdb(source: str, names: Sequence[str], part: str, number: int) -> _Li
         for where, line in _lines(_contents(path)):
             video, _, mark = line.rpartition(" ")
             if mark not in ("0", "1", "2") or not video:
-                raise _at(path, where, f"is {line!r}; HMDB51 has 'name.avi 0', 1 or 2 there")
+                raise _at(path, where, f"is {short(line)}; HMDB51 has 'name.avi 0', 1 or 2 there")
             if mark == wanted:
                 file = f"{class_name}/{video}"
                 place = (class_name, ""), os.path.splitext(video)[0]
@@ -611,7 +611,7 @@ def _read_words(source: str, text: str) -> _Listing:
         if len(fields) <= form.count(" ") or (
             has_frames and not re.fullmatch(r"\d{1,9}", fields[1])
         ):
-            raise _at(source, where, f"is {_short(line)}; write '{form}' there")
+            raise _at(source, where, f"is {short(line)}; write '{form}' there")
         num_frames = int(fields[1]) if has_frames else None
         labels = tuple(fields[-1].split(","))
         rows.append(_Row(where, fields[0], labels, *_place(fields[0]), num_frames=num_frames))
@@ -626,11 +626,11 @@ def _read_ucf(source: str, text: str) -> _Listing:
         video, _, label = line.partition(" ")
         class_name, _, file = video.partition("/")
         if not file:
-            raise _at(source, where, f"is {_short(line)}; UCF101 has 'Class/video.avi' there")
+            raise _at(source, where, f"is {short(line)}; UCF101 has 'Class/video.avi' there")
         # The label repeats the class, counted from 1; a list of someone's own may differ.
         if label and names and class_name in names and label != str(names.index(class_name) + 1):
-            number = names.index(class_name) + 1
-            problem = f"has label {label!r}, but {class_name} is number {number} in classInd.txt"
+            number = f"number {names.index(class_name) + 1} in classInd.txt"
+            problem = f"has label {short(label)}, but {class_name} is {number}"
             raise _at(source, where, f"{problem}; rename the file if it is not the official list")
         key = os.path.splitext(file)[0]
         rows.append(_Row(where, video, (class_name,), (class_name, ""), key))
@@ -688,7 +688,8 @@ def _read_table(source: str, text: str, split: str | None) -> _Listing:
         return _Listing(source, f"{kind} without a header", bare, _near(source))
     columns = [column for column in header if column]  # spreadsheets add empty ones
     if len(set(columns)) < len(columns):
-        raise InputError(f"{source}: the header is {','.join(header)!r}; name each column once")
+        given = short(",".join(header))
+        raise InputError(f"{source}: the header is {given}; name each column once")
     named = ((where, _named(source, where, header, cells)) for where, cells in rows)
     records = _of_split(source, named, split)
     if {"youtube_id", "time_start", "time_end"} <= {*header}:
@@ -744,7 +745,7 @@ def _json_records(source: str, text: str) -> Iterator[_Record]:
         values = ((where, _parse(source, where, line)) for where, line in _lines(text))
     for where, value in values:
         if not isinstance(value, dict):
-            raise _at(source, where, f"is {_short(value)}; it must be an object, {{...}}")
+            raise _at(source, where, f"is {short(value)}; it must be an object, {{...}}")
         yield where, value
 
 
@@ -767,7 +768,7 @@ def _read_records(source: str, kind: str, records: Iterable[_Record]) -> _Listin
         else:
             labels = record["labels"]
         if not isinstance(labels, list):
-            raise _at(source, where, f"has labels {_short(labels)}; write a list")
+            raise _at(source, where, f"has labels {short(labels)}; write a list")
         texts = tuple(_text(source, where, label) for label in labels)
         span = _span(source, where, name, record.get("start"), record.get("end"))
         rows.append(_Row(where, name, texts, *_place(name), *span))
@@ -778,20 +779,20 @@ def _one_of(source: str, where: str, record: dict[str, Any], fields: Sequence[st
     for field_ in fields:
         if field_ in record:
             return record[field_]
-    raise _at(source, where, f"has no field {fields[0]!r}; it has {', '.join(record) or 'none'}")
+    raise _at(source, where, f"has no field {fields[0]!r}; it has {_some(record) or 'none'}")
 
 
 def _text(source: str, where: str, value: Any) -> str:
     """Return a path or a label as text that can be one."""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _at(source, where, f"has {_short(value)} where a path or a label belongs")
+        raise _at(source, where, f"has {short(value)} where a path or a label belongs")
     text = str(value)
     try:
         is_text = bool(text.encode()) and "\0" not in text
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
         is_text = False
     if not is_text:
-        raise _at(source, where, f"has {text!r} where a path or a label belongs")
+        raise _at(source, where, f"has {short(text)} where a path or a label belongs")
     return text
 
 
@@ -803,7 +804,7 @@ def _of_split(source: str, records: Iterable[_Record], split: str | None) -> Ite
         found.setdefault(own, where)
         if own == split or (split is None and len(found) == 1):
             yield where, record
-    known = ", ".join(filter(None, found)) or "none"
+    known = _some(filter(None, found)) or "none"
     if split is None and len(found) > 1:
         where = list(found.values())[1]
         raise _at(source, where, f"starts another split; choose one with --split from {known}")
@@ -819,7 +820,7 @@ def _span(
         try:
             times.append(None if value is None or value == "" else float(value))
         except (TypeError, ValueError, OverflowError):
-            problem = f"has {_short(value)} where a time in seconds belongs"
+            problem = f"has {short(value)} where a time in seconds belongs"
             raise _at(source, where, problem) from None
     try:
         Span(name, *times)
@@ -867,10 +868,10 @@ def _charades_action(source: str, where: str, text: str) -> Action:
     number = r"(-?\d+(?:\.\d*)?)"
     match = re.fullmatch(rf"c(\d{{3}}) {number} {number}", text)
     if match is None:
-        raise _at(source, where, f"has action {_short(text)}; Charades has 'c092 11.9 21.2'")
+        raise _at(source, where, f"has action {short(text)}; Charades has 'c092 11.9 21.2'")
     label, start, end = int(match[1]), float(match[2]), float(match[3])
     # Where times make no span, that the video shows the action is all they say.
-    return Action(label, start, end) if 0 <= start < end else Action(label)
+    return Action(label, start, end) if 0 <= start < end < math.inf else Action(label)
 
 
 def _read_something(source: str, records: Iterable[_Record]) -> _Listing:
@@ -879,7 +880,7 @@ def _read_something(source: str, records: Iterable[_Record]) -> _Listing:
     for where, record in records:
         if "template" not in record:
             raise _at(source, where, "has no template: this part of the data has no labels")
-        name = _text(source, where, record["id"])
+        name = _text(source, where, _one_of(source, where, record, ("id",)))
         template = re.sub(r"[\[\]]", "", _text(source, where, record["template"]))
         rows.append(_Row(where, f"{name}.webm", (template,), *_place(name)))
     names = None
@@ -938,7 +939,7 @@ def _class_names(listing: _Listing, given: Sequence[str] | None) -> list[str]:
     for row in listing.rows:
         for label in row.labels:
             if not label.strip() or len(label) > MAX_LABEL_LENGTH:
-                raise _at(listing.source, row.where, f"has label {_short(label)}; write a name")
+                raise _at(listing.source, row.where, f"has label {short(label)}; write a name")
     return check_class_names(sorted({x for row in listing.rows for x in row.labels}, key=by_number))
 
 
@@ -953,14 +954,14 @@ def _class_indices(listing: _Listing, names: Sequence[str]) -> list[tuple[int, .
         remedy = f"use 0 to {len(names) - 1}"
     else:
         index_of = {comparison_key(name): index for index, name in enumerate(names)}
-        remedy = f"it is not one of the {len(names)} classes ({names[0]}, ...)"
+        remedy = f"it is not one of the {len(names)} classes ({names[0][:80]}, ...)"
     known: dict[tuple[str, ...], tuple[int, ...]] = {}
     indices = []
     for row in listing.rows:
         if row.labels not in known:
             keys = [label if label in index_of else comparison_key(label) for label in row.labels]
             if wrong := [x for x, key in zip(row.labels, keys, strict=True) if key not in index_of]:
-                raise _at(listing.source, row.where, f"has label {_short(wrong[0])}; {remedy}")
+                raise _at(listing.source, row.where, f"has label {short(wrong[0])}; {remedy}")
             known[row.labels] = tuple(sorted({index_of[key] for key in keys}))
         indices.append(known[row.labels])
     return indices
@@ -1001,7 +1002,7 @@ class _Files:
                 names = []
             except OSError as error:
                 problem = f"cannot be listed ({error.strerror}); check the path"
-                raise InputError(f"{_short(path)} {problem}") from error
+                raise InputError(f"{short(path)} {problem}") from error
             prefix = os.path.join(path, "")
             paths = {name: prefix + name for name in names}
             for name in names:
@@ -1112,9 +1113,10 @@ def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _some(names: Iterable[str]) -> str:
+    """Return names for a message; a file of another kind may have thousands, or long ones."""
+    shown = islice(names, 10)
+    return ", ".join(name if re.fullmatch(r"\w{1,40}", name) else short(name) for name in shown)
 
 
 def _has_extension(name: str, extensions: Container[str]) -> bool:

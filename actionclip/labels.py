@@ -11,11 +11,13 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from actionclip.errors import InputError
+from actionclip.errors import InputError, short
 from actionclip.prompts import TEMPLATES
 
 # Far above any label list, far below what would hurt: a video given by mistake is not read whole.
 MAX_FILE_BYTES = 10_000_000
+# Far above any prompt of 77 tokens: a file of another kind may be a single line.
+MAX_LINE_LENGTH = 10_000
 
 
 def read_labels(values: Sequence[str]) -> list[str]:
@@ -33,13 +35,14 @@ def read_labels(values: Sequence[str]) -> list[str]:
         return list(values)
     if len(values) > 1:
         raise InputError(
-            f"label {files[0]!r} looks like a file among {len(values)} labels; "
+            f"label {short(files[0])} looks like a file among {len(values)} labels; "
             "give either one file or the labels themselves"
         )
     path = Path(files[0])
     names = _csv_names(path) if path.suffix.lower() == ".csv" else _lines(path)
     if not names:
         raise InputError(f"{path}: holds no labels; write one per line")
+    _check_lengths(path, names)
     return names
 
 
@@ -56,13 +59,23 @@ def read_templates(name_or_file: str) -> tuple[str, ...]:
         close = difflib.get_close_matches(name_or_file, TEMPLATES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(
-            f"unknown templates {name_or_file!r}: {hint}"
+            f"unknown templates {short(name_or_file)}: {hint}"
             f"use one of {', '.join(TEMPLATES)} or a text file with one template per line"
         )
     templates = tuple(_lines(path))
     if not templates:
         raise InputError(f"{path}: holds no templates; write one per line, with {{}} for the label")
+    _check_lengths(path, templates)
     return templates
+
+
+def _check_lengths(path: Path, lines: Sequence[str]) -> None:
+    longest = max(lines, key=len)
+    if len(longest) > MAX_LINE_LENGTH:
+        raise InputError(
+            f"{path}: {short(longest)} goes on for {len(longest)} characters, the limit is "
+            f"{MAX_LINE_LENGTH}; write one short text per line"
+        )
 
 
 def _lines(path: Path) -> list[str]:
@@ -86,7 +99,8 @@ def _csv_names(path: Path) -> list[str]:
     name_columns = [i for i, column in enumerate(header) if column in ("name", "label")]
     if len(name_columns) != 1:
         raise InputError(
-            f"{path}: the header is {','.join(header)!r}; it needs one column 'name' or 'label'"
+            f"{path}: the header is {short(','.join(header))}; "
+            "it needs one column 'name' or 'label'"
         )
     names = []
     for position, (line, row) in enumerate(rows[1:]):
@@ -98,7 +112,7 @@ def _csv_names(path: Path) -> list[str]:
         # The position is what numbers the classes; an id that disagrees means wrong accuracies.
         if "id" in header and row[header.index("id")] != str(position):
             raise InputError(
-                f"{path}: line {line} has id {row[header.index('id')]!r}, its position is "
+                f"{path}: line {line} has id {short(row[header.index('id')])}, its position is "
                 f"{position}; number the rows 0, 1, 2, ... in the order of the classes"
             )
         names.append(row[name_columns[0]])

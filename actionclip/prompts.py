@@ -7,7 +7,7 @@ files, no tokens, no model.
 import re
 from collections.abc import Iterable, Sequence
 
-from actionclip.errors import InputError
+from actionclip.errors import InputError, short
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     # The 16 templates of ActionCLIP's code, in its order. The paper says 18; two are not public.
@@ -52,7 +52,7 @@ def fill_templates(templates: Sequence[str], class_names: Sequence[str]) -> list
     for template in templates:
         if template.count("{}") != 1:
             raise InputError(
-                f"template {template!r} has {template.count('{}')} places for the class name; "
+                f"template {short(template)} has {template.count('{}')} places for the class name; "
                 "write {} exactly once"
             )
     # Not str.format: other braces, in a template or in a name, are text.
@@ -103,7 +103,7 @@ def check_class_names(names: Iterable[str]) -> list[str]:
             underscores and spacing.
     """
     if isinstance(names, str):
-        raise InputError(f"class names {names!r} are one string; pass a list of strings")
+        raise InputError(f"class names {short(names)} are one string; pass a list of strings")
     names = list(names)
     if not names:
         raise InputError("no class names given; name at least one action")
@@ -112,13 +112,14 @@ def check_class_names(names: Iterable[str]) -> list[str]:
         if not isinstance(name, str):
             raise InputError(f"class name {i} is of type {type(name).__name__}; pass strings only")
         if any(0xD800 <= ord(character) < 0xE000 for character in name):
-            raise InputError(f"class name {i} ({name!r}) is not valid text; use a UTF-8 locale")
+            problem = f"class name {i} ({short(name)}) is not valid text"
+            raise InputError(f"{problem}; use a UTF-8 locale")
         if not name.strip():
-            raise InputError(f"class name {i} is blank ({name!r}); remove it or write a name")
+            raise InputError(f"class name {i} is blank ({short(name)}); remove it or write a name")
         key = comparison_key(name)
         if key in seen:
             raise InputError(
-                f"class names {seen[key]!r} and {name!r} read the same; keep one of them"
+                f"class names {short(seen[key])} and {short(name)} read the same; keep one of them"
             )
         seen[key] = name
     return names

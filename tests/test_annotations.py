@@ -299,7 +299,7 @@ def test_a_column_split():
         ("a.csv", "a.mp4,x,0,inf\n", "line 1 is wrong: end_seconds is inf"),
         ("a.csv", "a.mp4,\n", "line 1 has label ''; write a name"),
         ("a.csv", ",x\n", "line 1 has '' where a path or a label belongs"),
-        ("a.csv", f"a.mp4,{'x' * 301}\n", "line 1 has label 'xxx.*xx...; write a name"),
+        ("a.csv", f"a.mp4,{'x' * 301}\n", "line 1 has label 'xxx.*xx...'; write a name"),
         ("a.csv", ",,\n", r"a.csv: holds no videos \(csv without a header\)"),
         ("a.csv", "path,label\n", r"a.csv: holds no videos \(csv\)"),
         ("a.txt", " \n\n", r"a.txt: holds no videos \(list of 'path label'\); check"),

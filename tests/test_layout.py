@@ -17,6 +17,7 @@ LEVELS = [
         "distributed",
         "download",
         "fused_loss",
+        "isolation",
         "metrics",
         "precision",
         "prompts",
@@ -32,7 +33,7 @@ LEVELS = [
         "models.layers",
         "models.resnet",
     ],
-    ["augment", "labels", "losses", "mixing", "models.clip", "models.temporal"],
+    ["augment", "reading", "labels", "losses", "mixing", "models.clip", "models.temporal"],
     ["annotations", "models.base"],
     ["models.actionclip", "models.xclip"],
     ["conversion", "distillation", "inference", "published", "recipe"],
@@ -43,7 +44,8 @@ LEVELS = [
     ["train"],
     ["cli.command", "cli.console"],
     ["cli.building", "cli.data_options", "cli.options", "cli.plots", "cli.report"],
-    ["cli.check", "cli.eval", "cli.synthetic", "cli.train", "cli.zeroshot"],
+    ["cli.journal", "cli.watchdog"],
+    ["cli.check", "cli.env", "cli.eval", "cli.synthetic", "cli.train", "cli.zeroshot"],
 ]
 # `tensor_files` hands TorchScript archives to their own reader.
 WITHIN_A_LEVEL = {("tensor_files", "torchscript")}

@@ -26,11 +26,11 @@ from actionclip.annotations import VideoList, keep_classes, read_video_list
 from actionclip.annotations import describe as describe_data
 from actionclip.classifier import VideoClassifier, VideoResult
 from actionclip.cli import building, command, data_options, options
-from actionclip.cli.command import ExitCode, one_line
+from actionclip.cli.command import ExitCode
 from actionclip.cli.plots import METRICS, draw_confusion, draw_ratios
-from actionclip.cli.report import open_output
+from actionclip.cli.report import csv_cell, open_output
 from actionclip.ensembling import interpolate
-from actionclip.errors import InputError, MissingExtraError, OutputError
+from actionclip.errors import InputError, MissingExtraError, OutputError, one_line
 from actionclip.evaluate import Evaluation, draw_subsets, evaluate_subsets
 from actionclip.labels import read_labels
 from actionclip.models.base import VideoTextModel
@@ -616,4 +616,5 @@ def write_per_class(file: Any, evaluation: Evaluation) -> None:
     writer.writeheader()
     for i, row in enumerate(evaluation.per_class):
         values = {name: f"{value:.6f}" for name, value in row.metrics.items()}
-        writer.writerow({"id": i, "name": row.name, "videos": row.num_videos, **values})
+        name = csv_cell(row.name)
+        writer.writerow({"id": i, "name": name, "videos": row.num_videos, **values})

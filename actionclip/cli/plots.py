@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from torch import Tensor
 
-from actionclip.cli.command import one_line
-from actionclip.errors import InputError, MissingExtraError, OutputError
+from actionclip.errors import InputError, MissingExtraError, OutputError, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

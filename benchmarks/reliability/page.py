@@ -33,7 +33,16 @@ measures a row again, without NAME all of them; the tests run a small part of it
 
 def rewrite() -> None:
     """Write the page from the last results of every module."""
-    modules = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    PAGE.write_text(text(load()))
+
+
+def load() -> dict[str, Any]:
+    """Return the last results of every module."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def text(modules: dict[str, Any]) -> str:
+    """Return the page on the results of modules."""
     rows = [(name, figure) for name, module in modules.items() for figure in module["figures"]]
     parts = [HEAD]
     for bar, question in {**BARS, "-": "Modules that broke off."}.items():
@@ -41,7 +50,7 @@ def rewrite() -> None:
         if of_bar:
             parts.append(_section(bar, question, of_bar))
     parts.append(_machines(modules))
-    PAGE.write_text("\n".join(parts))
+    return "\n".join(parts)
 
 
 def _section(bar: str, question: str, rows: list[tuple[str, dict[str, Any]]]) -> str:
