@@ -58,7 +58,7 @@ _CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,flv,"
     "asf,ogg,gif,nut"
 )
-_IMAGE_SIGNATURES = {b"\xff\xd8\xff": "jpeg_pipe", b"\x89PNG": "png_pipe"}
+_IMAGE_SIGNATURES = {b"\xff\xd8\xff": "jpeg_pipe", b"\x89PNG\r\n\x1a\n": "png_pipe"}
 _OPEN_TIMEOUT_SECONDS = (10, 10)
 
 # Where pts are explicit, one packet is one frame and seeking lands on the key frame asked
@@ -73,11 +73,6 @@ _MOST_HELD_BACK = 16
 # These store no times, only a rate; the pts that libav makes up for them may even run backwards.
 _FIXED_RATE_CONTAINERS = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo"})
 
-# Newer PyAV starts threads to convert a frame, which cost more than they save for small ones.
-_ONE_THREAD: dict[str, Any] = (
-    {"threads": 1} if "threads" in (VideoReformatter.reformat.__doc__ or "") else {}
-)
-
 FrameTransform = Callable[[Tensor], Tensor]
 _Number = TypeVar("_Number", float, np.ndarray)
 
@@ -87,14 +82,15 @@ class Limits:
     """What a file may cost before it is refused.
 
     Attributes:
-        max_pixels: width x height of any frame (8K is 33 million).
+        max_pixels: width x height of any frame. 8K has 33 million; of 48 million, the 17 frames
+            that an H.264 decoder may hold take 2 GB.
         max_aspect: longer side over shorter side; resizing a strip would make it huge.
         max_frames: frames in the file.
         max_hours: duration that the file claims.
         max_seconds: wall-clock time spent on the file.
     """
 
-    max_pixels: int = 64_000_000
+    max_pixels: int = 48_000_000
     max_aspect: float = 64.0
     max_frames: int = 5_000_000
     max_hours: float = 24.0
@@ -279,9 +275,9 @@ def decode(
             empty or `threads` is below 1.
         VideoError: if the video cannot be used. Its `reason` is `missing`, `not-a-file`,
             `permission`, `empty`, `unreadable`, `not-a-video`, `no-video-stream`,
-            `unsupported-codec`, `no-frames` (or none in the span), `no-times` (for a span),
-            `too-large`, `too-long`, `timeout`, `not-an-image` (in a folder) or `damaged`:
-            nothing could be decoded or, with `strict`, not all.
+            `unsupported-codec`, `unsupported-colors`, `no-frames` (or none in the span),
+            `no-times` (for a span), `too-large`, `too-long`, `timeout`, `not-an-image` (in a
+            folder) or `damaged`: nothing could be decoded or, with `strict`, not all.
     """
     if threads < 1:
         raise InputError(f"threads is {threads} for {os.fspath(path)!s}; use 1 or more")
@@ -296,13 +292,18 @@ def decode(
         try:
             video = _decode_file(source, choose, is_cut_short)
         except VideoError as error:
-            if is_cut_short and error.reason in ("not-a-video", "no-video-stream", "no-frames"):
+            if is_cut_short and error.reason in _SIGNS_OF_A_CUT:
                 message = "the file is cut short before what is wanted; copy or download it again"
                 raise VideoError(source.path, "damaged", message) from None
             raise
     if strict and video.damaged:
         raise VideoError(source.path, "damaged", video.damage)
     return video
+
+
+_SIGNS_OF_A_CUT = frozenset(
+    {"not-a-video", "no-video-stream", "unsupported-codec", "no-frames", "damaged"}
+)
 
 
 @dataclass(frozen=True)
@@ -320,6 +321,13 @@ class _Source:
         if time.monotonic() > self.deadline:
             message = f"decoding took over {self.limits.max_seconds:g} seconds; raise max_seconds"
             raise VideoError(self.path, "timeout", message)
+
+    def decoder_options(self) -> dict[str, str]:
+        """Return what stops a decoder before it holds a frame larger than any header said."""
+        pixels = self.limits.max_pixels
+        # Coded frames are padded to whole blocks; `check_size` sees them without.
+        padded = pixels + pixels // 32 + 64 * 64
+        return {"max_pixels": str(min(padded, 2**31 - 1))}  # libav takes no larger one
 
     def check_size(self, width: int, height: int) -> None:
         if width * height > self.limits.max_pixels:
@@ -386,10 +394,17 @@ class _ChosenFrames:
         with self._lock:
             self.size = self.size or size
         transform = self.source.transform
+        try:
+            image = _to_rgb(frame, self.size if transform is None else size, reformatter)
+        except av.FFmpegError as error:  # of color spaces such as ICtCp
+            message = (
+                f"its colors cannot be converted to RGB ({error.strerror}); convert it to BT.709"
+            )
+            raise VideoError(self.source.path, "unsupported-colors", message) from None
         if transform is None:
-            self._frames[position] = _to_rgb(frame, self.size, reformatter)
+            self._frames[position] = image
             return
-        image = np.ascontiguousarray(_to_rgb(frame, size, reformatter))
+        image = np.ascontiguousarray(image)
         with self._lock:
             self._frames[position] = transform(torch.from_numpy(image).permute(2, 0, 1))
 
@@ -410,7 +425,8 @@ def _to_rgb(frame: VideoFrame, size: tuple[int, int], reformatter: VideoReformat
     """Return a frame as (H, W, 3) uint8 RGB, rotated."""
     width, height = size
     # One reformatter for all frames: to prepare it takes as long as to convert a small frame.
-    frame_rgb = reformatter.reformat(frame, width, height, "rgb24", **_ONE_THREAD)
+    # Threads to convert a frame cost more than they save for small ones.
+    frame_rgb = reformatter.reformat(frame, width, height, "rgb24", threads=1)
     plane = frame_rgb.planes[0]
     rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)[
         :height, : 3 * width
@@ -474,8 +490,7 @@ def _open(
             "file:" + os.path.abspath(path),
             mode="r",
             format=image_format,
-            # Not `options`: PyAV up to 16 overruns memory with them where streams turn up
-            # late (FLV).
+            options=source.decoder_options(),
             container_options=options,
             metadata_errors="replace",
             timeout=_OPEN_TIMEOUT_SECONDS,
@@ -486,10 +501,14 @@ def _open(
         raise _stalled(source) from None
     except av.error.ArgumentError:  # what the list of containers refuses
         message = "its container format is unknown or not allowed; convert it to MP4 or Matroska"
-        raise VideoError(source.path, "not-a-video", message) from None
+        raise _OtherContainerError(source.path, "not-a-video", message) from None
     except av.FFmpegError as error:
         message = f"not a video in a known format ({error.strerror}); convert or copy it again"
         raise VideoError(source.path, "not-a-video", message) from None
+
+
+class _OtherContainerError(VideoError):
+    """The container is none of those asked for."""
 
 
 def _stalled(source: _Source) -> VideoError:
@@ -575,7 +594,7 @@ def _best_video(source: _Source, container: InputContainer) -> _OpenVideo:
     stream = container.streams.best("video")
     if stream is not None and stream.disposition & Disposition.attached_pic:
         others = container.streams.video
-        stream = next((s for s in others if not s.disposition & Disposition.attached_pic), stream)
+        stream = next((s for s in others if not s.disposition & Disposition.attached_pic), None)
     if not isinstance(stream, VideoStream):
         raise VideoError(source.path, "no-video-stream", "it holds no video, perhaps only sound")
     if stream.codec_context is None:
@@ -583,6 +602,7 @@ def _best_video(source: _Source, container: InputContainer) -> _OpenVideo:
     source.check_size(stream.codec_context.width, stream.codec_context.height)
     source.check_length(stream.frames, (container.duration or 0) / av.time_base)
     stream.codec_context.thread_count = 1
+    stream.codec_context.options = source.decoder_options()
     return _OpenVideo(source, container, stream)
 
 
@@ -693,15 +713,13 @@ def _open_for_plan(source: _Source, *, is_probed: bool = False) -> _OpenVideo | 
     with ExitStack() as stack:
         try:
             container = _open(source, source.path, demuxers=demuxers, is_probed=is_probed)
-        except VideoError as error:
-            if error.reason == "timeout":
-                raise
-            return None  # `_decode_all` meets it again, and tells what it is
+        except _OtherContainerError:
+            return None  # `_decode_all` allows more of them
         stack.enter_context(container)
         streams = container.streams.video
         if len(streams) > 1 and not is_probed:  # their first frames tell which is the best
             return _open_for_plan(source, is_probed=True)
-        if not streams or streams[0].codec_context is None:
+        if streams and streams[0].codec_context is None:
             return None
         video = _best_video(source, container)
         if video.codec() not in _PLANNED_CODECS:
@@ -820,7 +838,8 @@ def _work(video: _OpenVideo, job: _Job) -> None:
     context = video.stream.codec_context
     context.thread_count, context.thread_type = job.decoder_threads, "AUTO"
     # A decoder of H.264 that has to guess it leaves out the frames that come out of order.
-    context.options = {"has_b_frames": str(job.index.reorder_depth())}
+    depth = {"has_b_frames": str(job.index.reorder_depth())}
+    context.options = video.source.decoder_options() | depth
     try:
         for stretch in job.stretches:
             last_pts = -math.inf
@@ -894,7 +913,7 @@ def _decode_all(
         is_cut_short: whether the file is known to end early.
     """
     if expected is None:
-        with _open(source, source.path) as container:
+        with _open(source, source.path, is_probed=False) as container:
             video = _best_video(source, container)
             expected = max(1, len(_within(_scan(video), video).shown))
     chosen = _ChosenFrames(source, choose(expected))
@@ -905,8 +924,14 @@ def _decode_all(
         for frame in _in_span(video, _all_frames(video, losses)):
             chosen.offer(num_frames, frame, video.reformatter)
             num_frames += 1
+    if num_frames == 0 and losses.skipped_packets:
+        message = (
+            f"its frames cannot be decoded or have over {source.limits.max_pixels} pixels; "
+            "copy or convert it again"
+        )
+        raise VideoError(source.path, "damaged", message)
     if num_frames == 0:
-        raise VideoError(source.path, "no-frames", "not one frame could be decoded")
+        raise VideoError(source.path, "no-frames", "its video stream holds no frame; copy it again")
     if num_frames != expected:
         return _decode_all(source, choose, num_frames, is_cut_short)
     chosen.check(num_frames)
@@ -997,16 +1022,22 @@ def _image(source: _Source, name: str, losses: _Losses) -> VideoFrame:
     _check_file(path)
     try:
         with open(path, "rb") as file:
-            head = file.read(4)
+            head = file.read(24)
     except OSError as error:
         raise _os_error(path, error) from None
     image_format = next((f for s, f in _IMAGE_SIGNATURES.items() if head.startswith(s)), None)
     if image_format is None:
         raise VideoError(path, "not-an-image", "neither JPEG nor PNG; convert it")
+    if image_format == "png_pipe":  # ISO/IEC 15948, 11.2.2
+        source.check_size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:], "big"))
     with _open(source, path, image_format) as container:
         frame = next(_all_frames(_best_video(source, container), losses), None)
     if frame is None:
-        raise VideoError(path, "damaged", "it cannot be decoded; extract the frames again")
+        message = (
+            f"it cannot be decoded or has over {source.limits.max_pixels} pixels; "
+            "extract the frames again"
+        )
+        raise VideoError(path, "damaged", message)
     return frame
 
 
