@@ -302,5 +302,6 @@ def build_loader(
 
 def _ignore_signals(worker: int) -> None:
     """Leave interruptions to the parent, which still needs the batches that are under way."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has not all of them
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -6,6 +6,7 @@
     metrics.jsonl        a line for each logged step and each evaluation
     bad_samples.jsonl    a line for each video that could not be used as it should
     last.pt              all that the run needs to go on exactly
+    previous.pt          likewise as it was saved before, should last.pt be damaged
     best.safetensors     weights and configuration of the best epoch, for `load`
     average.safetensors  likewise of the mean over several epochs, if that is wanted
 
@@ -17,6 +18,7 @@ import csv
 import io
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -25,13 +27,16 @@ from typing import Any
 
 import torch
 
-from actionclip.errors import InputError, OutputError, TrainingError
+from actionclip.errors import InputError, OutputError, TrainingError, WeightsError
 from actionclip.models.base import VideoTextModel
 from actionclip.tensor_files import read_file, write_atomically
 from actionclip.weights import save
 
 LOGS = ("metrics", "bad_samples")
 LABELS = ("labels.txt", "labels.csv")
+
+# What reading a zip archive with changed bytes ends in; found by changing each kind of them.
+_DAMAGES = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile)
 
 
 class RunFolder:
@@ -50,6 +55,19 @@ class RunFolder:
     @property
     def last(self) -> Path:
         return self.path / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        return self.path / "previous.pt"
+
+    @property
+    def states(self) -> tuple[Path, Path]:
+        """Where states are saved, the newest first."""
+        return self.last, self.previous
+
+    @property
+    def has_state(self) -> bool:
+        return any(path.exists() for path in self.states)
 
     @property
     def best(self) -> Path:
@@ -73,7 +91,7 @@ class RunFolder:
             path = self.path / name
             if path.exists() and not self.log_file("metrics").exists():
                 raise InputError(f"{path} is not that of a run; name another folder")
-        if self.last.exists():
+        if self.has_state:
             raise InputError(
                 f"{self.path} holds a run; go on with --resume latest, or name another folder"
             )
@@ -94,7 +112,8 @@ class RunFolder:
         """Append a line to a log."""
         path = self.log_file(name)
         with _as_output_error(path), open(path, "ab") as file:
-            file.write(json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+            # In ASCII, which can also say what bytes of a name are not UTF-8.
+            file.write(json.dumps(record).encode() + b"\n")
 
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return what a log holds."""
@@ -102,39 +121,69 @@ class RunFolder:
             return [json.loads(line) for line in file]
 
     def save_state(self, state: Mapping[str, Any]) -> None:
-        """Replace the state from which the run can go on; the logs so far belong to it."""
+        """Save a state from which the run can go on; the logs so far belong to it.
+
+        The one so far stays as `previous`. Whenever this is broken off, one of the two is whole.
+        """
         sizes = {}
         for name in LOGS:
             path = self.log_file(name)
             with _as_output_error(path), open(path, "ab") as file:
                 os.fsync(file.fileno())
                 sizes[name] = file.tell()
+        self._keep_previous()
         write_atomically(self.last, partial(torch.save, {**state, "log_sizes": sizes}))
 
-    def load_state(self) -> dict[str, Any]:
-        """Return the latest state.
+    def _keep_previous(self) -> None:
+        """Name the state so far `previous`, and let it be `last` too until another one is."""
+        if not self.last.exists():
+            return
+        with _as_output_error(self.previous):
+            # First of all, so that the disk never has to hold three states.
+            self.previous.unlink(missing_ok=True)
+            try:
+                os.link(self.last, self.previous)
+            except OSError:  # some disks know no second names
+                os.replace(self.last, self.previous)
+
+    def load_state(self, path: Path) -> dict[str, Any]:
+        """Return one of `states`, after a look at every byte of it.
 
         Raises:
-            WeightsError: if it cannot be read.
+            WeightsError: if it is missing or damaged.
         """
-        return read_file(self.last).content
+        if not path.exists():
+            raise WeightsError(f"{path}: missing")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                # No entry is compressed; to unpack one has more ways to fail.
+                packed = (info.filename for info in archive.infolist() if info.compress_type)
+                damaged = next(packed, None) or archive.testzip()
+        except _DAMAGES as error:
+            raise WeightsError(f"{path}: damaged ({error})") from error
+        if damaged is not None:
+            raise WeightsError(f"{path}: damaged (in {damaged})")
+        return read_file(path).content
 
-    def rewind_logs(self, state: Mapping[str, Any]) -> None:
-        """Cut the logs to what they held when the state was saved.
+    def go_on_from(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Make one of `states` the newest, and cut the logs to what they held when it was saved.
 
         Raises:
             TrainingError: if they are shorter than that.
         """
         self._remove_partial_files()
         for name, size in state["log_sizes"].items():
-            path = self.log_file(name)
-            if not path.exists() or path.stat().st_size < size:
+            log = self.log_file(name)
+            if not log.exists() or log.stat().st_size < size:
                 raise TrainingError(
-                    f"{path} is shorter than when {self.last} was saved: the folder was changed; "
+                    f"{log} is shorter than when {path} was saved: the folder was changed; "
                     "start again in another one"
                 )
-            with _as_output_error(path):
-                os.truncate(path, size)
+            with _as_output_error(log):
+                os.truncate(log, size)
+        if path != self.last:
+            with _as_output_error(self.last):
+                os.replace(path, self.last)
 
     def save_best(self, model: VideoTextModel) -> None:
         """Replace the best weights."""

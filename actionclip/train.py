@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,15 @@ from actionclip.classifier import VideoClassifier
 from actionclip.conversion import config_to_json
 from actionclip.dataset import Batch, Fault, RunSampler, TrainingClips, build_loader
 from actionclip.distillation import Teacher
-from actionclip.distributed import gather_objects, gather_rows, rank, share_buffers, world_size
-from actionclip.errors import InputError, TooManyBadError, TrainingError
+from actionclip.distributed import (
+    gather_objects,
+    gather_rows,
+    rank,
+    reduce_max,
+    share_buffers,
+    world_size,
+)
+from actionclip.errors import InputError, TooManyBadError, TrainingError, WeightsError
 from actionclip.evaluate import StoppedError, evaluate
 from actionclip.losses import class_cross_entropy, class_targets, contrastive_kl, cosine_distance
 from actionclip.mixing import Mixture, draw_mixture, mix_frames, mix_targets
@@ -180,8 +188,11 @@ class Trainer:
         val: videos to evaluate on after each epoch, with the class names of `train`. Without
             them the last epoch is the best one.
         running: how it is carried out.
-        should_stop: asked after each step; once true on any process, all save and end.
+        should_stop: asked before the first step and after each; once true on any process, all
+            save and end.
         on_video: called for each video of an evaluation, such as to show progress.
+        on_progress: called with what has just been done: a step, a video of an evaluation, a
+            save. Whoever is never called again knows that the run hangs, and since when.
 
     Raises:
         InputError: if the recipe does not fit the data or the model.
@@ -198,6 +209,7 @@ class Trainer:
         running: Running | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_video: Callable[[], None] = lambda: None,
+        on_progress: Callable[[str], None] = lambda done: None,
     ) -> None:
         self.running = running or Running()
         if val is not None and val.class_names != train.class_names:
@@ -226,6 +238,7 @@ class Trainer:
         self.folder = folder
         self.should_stop = should_stop
         self.on_video = on_video
+        self.on_progress = on_progress
         model.eval()
         # Before the weights change, and before those of a resumed run are read.
         self.teacher = Teacher(model) if recipe.distillation else None
@@ -279,15 +292,18 @@ class Trainer:
             "start": self.teacher_digest,
         }
 
-    def resume(self) -> None:
-        """Continue from the folder's latest state.
+    def resume(self) -> str:
+        """Continue from the folder's latest state that is whole.
+
+        Returns:
+            What is wrong with a newer one; empty if there is none.
 
         Raises:
             InputError: if the run there has other settings; the message names them.
             TrainingError: if the folder was changed.
-            WeightsError: if the state cannot be read.
+            WeightsError: if no state can be read.
         """
-        state = self.folder.load_state()
+        path, state, fault = self._load_state()
         if differences := _differences(json.loads(state["settings"]), self.settings):
             raise InputError(
                 f"{self.folder.path} was started with other settings ({'; '.join(differences)}); "
@@ -299,7 +315,25 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.average = RunningMean(**state["average"]) if "average" in state else None
         if rank() == 0:
-            self.folder.rewind_logs(state)
+            self.folder.go_on_from(path, state)
+        return fault
+
+    def _load_state(self) -> tuple[Path, dict[str, Any], str]:
+        """Return the newest state that all processes can read, and what is wrong with a newer."""
+        faults: list[str] = []
+        for path in self.folder.states:
+            state: dict[str, Any] = {}
+            fault = ""
+            try:
+                state = self.folder.load_state(path)
+            except WeightsError as error:
+                fault = str(error)
+            # No process goes on before all have opened the file, which may be renamed then.
+            found = next(filter(None, gather_objects(fault)), "")
+            if not found:
+                return path, state, "; ".join(faults)
+            faults.append(found)
+        raise WeightsError(f"{'; '.join(faults)}; start again in another folder")
 
     def run(self) -> Iterator[Record]:
         """Train to the end, or until asked to stop; state is saved on the way and at the end.
@@ -332,6 +366,10 @@ class Trainer:
     def _steps(self) -> Iterator[Record]:
         if (yield from self._end_epoch()):
             return
+        # Before hours of work on the first batch; what is learned so far is that of the start.
+        if any(reduce_max([self.should_stop()])):
+            self._save()
+            return
         on_gpu = self.model.device.type == "cuda"
         loader = build_loader(self.clips, self._sampler(), self.running.workers, pinned=on_gpu)
         set_train_mode(self.model)
@@ -339,6 +377,7 @@ class Trainer:
         for batch in loader:
             stop_asked = self._step(batch)
             step = self.progress.step
+            self.on_progress(f"step {step} of {self.num_steps}")
             epoch_ends = step % self.steps_per_epoch == 0
             if epoch_ends or step % self.running.log_every == 0:
                 videos = (step - first) * self.recipe.batch_size
@@ -600,8 +639,11 @@ class Trainer:
         if mixture is not None:
             culprits += [paths[i] for i in mixture.partner[bad].tolist()]
         culprits = list(dict.fromkeys(culprits))
-        mine = (bool(bad) or not math.isfinite(losses[rank()]), culprits or paths)
-        guilty = [(i, paths) for i, (bad, paths) in enumerate(gather_objects(mine)) if bad]
+        found = list(enumerate(gather_objects((culprits, paths))))
+        # The videos of one process make the contrastive loss of every other one no number, too.
+        guilty = [(i, culprits) for i, (culprits, _) in found if culprits] or [
+            (i, paths) for i, (_, paths) in found if not math.isfinite(losses[i])
+        ]
         what = "loss" if not all(map(math.isfinite, losses)) else "gradient"
         where = "; ".join(f"rank {i}: {_some(paths)}" for i, paths in guilty) or "all ranks"
         return TrainingError(
@@ -688,7 +730,7 @@ class Trainer:
                 classifier,
                 val.samples,
                 multi_label=val.multi_label,
-                on_result=lambda _: self.on_video(),
+                on_result=lambda _: self._count_video(),
                 should_stop=self.should_stop,
             )
         for failure in result.failures if rank() == 0 else ():
@@ -705,6 +747,10 @@ class Trainer:
             "data_sha256": val.digest,
         }
 
+    def _count_video(self) -> None:
+        self.on_video()
+        self.on_progress(f"a video of the evaluation after step {self.progress.step}")
+
     def _train_record(self, clips_per_second: float) -> Record:
         progress = self.progress
         loss = progress.loss_sum / progress.loss_count
@@ -715,6 +761,7 @@ class Trainer:
             "loss": loss,
             "lr": {group["name"]: group["lr"] for group in self.optimizer.param_groups},
             "clips_per_second": clips_per_second,
+            "replaced": progress.num_bad,
         }
         if self.model.linear is None:
             record["logit_scale"] = float(self.model.clip.logit_scale.detach().exp())
@@ -738,6 +785,7 @@ class Trainer:
             if self.average is not None:
                 state["average"] = vars(self.average)
             self.folder.save_state(state)
+        self.on_progress(f"saving step {self.progress.step}")
 
     def _save_best(self) -> None:
         if rank() == 0:

@@ -66,14 +66,15 @@ def test_every_xclip_in_its_table() -> None:
 
 def test_exit_codes_and_options_are_the_real_ones() -> None:
     for code in ExitCode:
-        if code not in (ExitCode.STALLED, ExitCode.INTERRUPTED, ExitCode.TERMINATED):
+        if code not in (ExitCode.INTERRUPTED, ExitCode.TERMINATED):
             assert f"| {int(code)} | " in README
     parsers = [
         module.build_parser() for module in (zeroshot, train, eval_command, check, synthetic)
     ]
     options = {option for parser in parsers for option in parser._option_string_actions}
+    torchrun = ("--nproc-per-node", "--max-restarts", "--signals-to-handle")
     command = README[README.index("## From Python") : README.index("## Models")]
-    assert set(re.findall(r"(--[a-z][a-z-]+)", command)) <= {*options, "--nproc-per-node"}
+    assert set(re.findall(r"(--[a-z][a-z-]+)", command)) <= {*options, *torchrun}
 
 
 def test_the_first_command(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -43,8 +44,8 @@ def test_what_is_written_is_read(folder: RunFolder) -> None:
         '{\n  "name": "Ärger",\n  "broken": "?"\n}\n'
     )
     assert folder.records("metrics") == [{"step": 1}, {"step": 2, "text": "first\u2028second"}]
-    assert folder.records("bad_samples") == [{"path": "a?.mp4"}]
-    state = folder.load_state()
+    assert folder.records("bad_samples") == [{"path": "a\udcff.mp4"}]
+    state = folder.load_state(folder.last)
     assert state["step"] == 7
     assert torch.equal(state["weights"], STATE["weights"])
     sizes = {name: folder.log_file(name).stat().st_size for name in ("metrics", "bad_samples")}
@@ -92,7 +93,7 @@ def test_logs_are_cut_to_what_the_state_knows(folder: RunFolder) -> None:
     for name in ("last.pt", "best.safetensors", "average.safetensors", "config.json", "labels.txt"):
         (folder.path / f"{name}.4711.part").write_text("half")
     (folder.path / "film.mp4.part").write_text("not ours")
-    folder.rewind_logs(folder.load_state())
+    folder.go_on_from(folder.last, folder.load_state(folder.last))
     assert folder.log_file("metrics").read_bytes() == kept
     assert len(folder.records("bad_samples")) == 1
     assert [path.name for path in folder.path.glob("*.part")] == ["film.mp4.part"]
@@ -104,7 +105,7 @@ def test_a_log_that_lost_lines_is_noticed(
 ) -> None:
     change(folder.log_file("metrics"))
     with pytest.raises(TrainingError, match=r"metrics.jsonl is shorter than when .*last.pt was"):
-        folder.rewind_logs(folder.load_state())
+        folder.go_on_from(folder.last, folder.load_state(folder.last))
 
 
 def test_a_run_that_saved_nothing_starts_again(folder: RunFolder) -> None:
@@ -118,8 +119,86 @@ def test_a_run_that_saved_nothing_starts_again(folder: RunFolder) -> None:
 
 def test_a_state_that_cannot_be_read(folder: RunFolder) -> None:
     os.truncate(folder.last, 1000)
-    with pytest.raises(WeightsError, match=r"last.pt"):
-        folder.load_state()
+    with pytest.raises(WeightsError, match=r"last.pt: damaged \(File is not a zip file\)$"):
+        folder.load_state(folder.last)
+    with pytest.raises(WeightsError, match=r"previous.pt: missing$"):
+        folder.load_state(folder.previous)
+
+
+def test_a_changed_bit_is_noticed_or_changes_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    # Small, so that many of the changes are in what the archive says of itself.
+    folder.save_state({"step": 7, "weights": torch.arange(40.0)})
+    content, drawn = folder.last.read_bytes(), random.Random(0)
+    noticed = 0
+    for _ in range(500):
+        changed = bytearray(content)
+        changed[drawn.randrange(len(content))] ^= 1 << drawn.randrange(8)
+        folder.last.write_bytes(changed)
+        try:
+            state = folder.load_state(folder.last)
+        except WeightsError:
+            noticed += 1
+        else:
+            assert state["step"] == 7
+            assert torch.equal(state["weights"], torch.arange(40.0))
+    assert 100 < noticed < 500
+
+
+def test_the_state_before_is_kept(folder: RunFolder) -> None:
+    folder.log("metrics", {"step": 3})
+    folder.save_state({**STATE, "step": 8})
+    assert [folder.load_state(path)["step"] for path in folder.states] == [8, 7]
+    folder.log("metrics", {"step": 4})
+    folder.go_on_from(folder.previous, folder.load_state(folder.previous))
+    assert folder.load_state(folder.last)["step"] == 7
+    assert not folder.previous.exists()
+    assert [record["step"] for record in folder.records("metrics")] == [1, 2]
+    folder.last.rename(folder.previous)
+    assert folder.has_state
+    with pytest.raises(InputError, match=r"run holds a run; go on with --resume latest"):
+        folder.check_free()
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("saved_before", [1, 2])
+def test_at_every_moment_of_saving_there_is_a_state(
+    saved_before: int, links: bool, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if saved_before == 2:
+        folder.save_state(STATE)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    states = [state_of(folder)]
+
+    def watch(owner: Any, name: str) -> None:
+        act = getattr(owner, name)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            states.append(state_of(folder))
+            done = act(*arguments, **options)
+            states.append(state_of(folder))
+            return done
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("link", "replace", "fsync", "unlink", "remove"):
+        watch(os, name)
+    watch(torch, "save")
+    folder.save_state({**STATE, "step": 8})
+    assert states == sorted(states)
+    assert (states[0], states[-1]) == (7, 8)
+    assert [folder.load_state(path)["step"] for path in folder.states] == [8, 7]
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def state_of(folder: RunFolder) -> int:
+    """Return the step of the newest state that a resumed run would find."""
+    whole = [path for path in folder.states if path.exists()]
+    return torch.load(whole[0])["step"]
 
 
 class FullDisk:

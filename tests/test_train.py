@@ -94,8 +94,11 @@ def finish(trainer: Trainer, *, resume: bool = False) -> str:
 
 
 def at_call(number: int, act: Callable[[], bool]) -> Callable[[], bool]:
-    """Return a `should_stop` that acts from the `number`-th time on that it is asked."""
-    calls = iter(range(1, 1000))
+    """Return a `should_stop` that acts from the `number`-th time on that it is asked.
+
+    The 0th is before the first step.
+    """
+    calls = iter(range(1000))
     return lambda: next(calls) >= number and act()
 
 
@@ -152,14 +155,14 @@ def test_records(whole: tuple[str, dict[str, Any]], data: Path) -> None:
 
 # An epoch asks six times: after two steps and four videos of the evaluation. The evaluation of
 # the average asks four times more.
-@pytest.mark.parametrize("call", [1, 2, 4, 7, 14])
+@pytest.mark.parametrize("call", [0, 1, 2, 4, 7, 14])
 def test_stopped_and_resumed(
     call: int, data: Path, tmp_path: Path, whole: tuple[str, dict[str, Any]]
 ) -> None:
     trainer = build(data, tmp_path, should_stop=at_call(call, lambda: True))
     finish(trainer)
-    epoch, asked = divmod(call - 1, 6)
-    assert trainer.progress.step == min(2 * epoch + min(asked + 1, 2), 4)
+    epoch, asked = divmod(max(call - 1, 0), 6)
+    assert trainer.progress.step == (min(2 * epoch + min(asked + 1, 2), 4) if call else 0)
     assert trainer.progress.evaluated == epoch
     assert not trainer.folder.average.exists()
     assert finish(build(data, tmp_path), resume=True) == whole[0]
@@ -243,7 +246,7 @@ def test_the_average_is_that_of_the_epochs(
     # The run itself ends with its own weights, and a state that needs no average any more.
     assert epochs[-1].keys() == trainer.model.state_dict().keys()
     assert all(torch.equal(epochs[-1][k], v) for k, v in trainer.model.state_dict().items())
-    assert "average" not in trainer.folder.load_state()
+    assert "average" not in trainer.folder.load_state(trainer.folder.last)
 
 
 def test_no_average_unless_asked(data: Path, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ def test_a_run_from_start_to_end(run: Run, folder: Path, tmp_path: Path) -> None
         "labels.txt",
         "last.pt",
         "metrics.jsonl",
+        "previous.pt",
     ]
     assert read_labels([str(output / "labels.txt")]) == list(CLASSES)
     assert (output / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -6,6 +6,7 @@ reads the settings below when it is imported. `main` of a command does without a
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import MutableMapping, Sequence
 from typing import NoReturn
@@ -34,6 +35,9 @@ def check() -> NoReturn:
 def run(command: str, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and end the program with its exit code."""
     set_up(os.environ)
+    if command == "train" and hasattr(signal, "SIGUSR1"):
+        # Slurm's announcement of the end; there is nothing to save before the command hears it.
+        signal.signal(signal.SIGUSR1, lambda *_: leave(143))
     try:
         code = call(command, argv)
     except KeyboardInterrupt:  # while the command was imported; it handles its own

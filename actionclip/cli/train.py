@@ -29,7 +29,8 @@ from actionclip.augment import Augmentation, has_direction
 from actionclip.cli import building, command, data_options, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.plots import draw_curves
-from actionclip.errors import InputError, MissingExtraError, TrainingError
+from actionclip.cli.watchdog import Watchdog
+from actionclip.errors import InputError, MissingExtraError, OutputError, TrainingError
 from actionclip.labels import read_labels, read_templates
 from actionclip.losses import Target
 from actionclip.mixing import Mixing
@@ -48,8 +49,9 @@ The result, RUN/best.safetensors, is a model for --model of every command.
 exit codes:
   0 trained to the end              4 too many videos cannot be used, see --max-bad
   2 the command or its input was    5 the run's files cannot be written
-    wrong, or a loss not finite     130, 143 interrupted, terminated; the state was saved
-  1 an error of this program
+    wrong, or a loss not finite     6 nothing was done for --stall-timeout
+  1 an error of this program        130 interrupted, 143 terminated (SIGTERM or SIGUSR1); the
+                                      state was saved
 
 examples:
   %(prog)s --train clips/train --val clips/val --model ViT-B/16 --temporal transf --output RUN
@@ -58,10 +60,15 @@ examples:
   %(prog)s --train train.csv --videos /data --batch-size 128 --micro-batch 16 --output RUN
   %(prog)s ... --output RUN --resume latest
   torchrun --nproc-per-node 4 -m actionclip train ...
+  torchrun --nproc-per-node 4 --max-restarts 3 -m actionclip train ... --resume latest
 """
 
-# How long a process waits for the slowest one: longer than it takes to save or to evaluate.
-TIMEOUT_SECONDS = 1800.0
+# How long a run may do nothing: longer than it takes to save or to compile.
+STALL_SECONDS = 1800.0
+# How much longer a process waits for another one, so that its watchdog speaks first; and how long
+# in all if none watches.
+GRACE_SECONDS = 60.0
+NO_LIMIT_SECONDS = 30 * 24 * 3600.0
 
 # What --from-scratch leaves of the weights, as `load` calls it.
 PRETRAINED: dict[str | None, bool | Literal["image", "text"]] = {
@@ -325,7 +332,8 @@ def _add_running_options(parser: argparse.ArgumentParser, default: Running) -> N
     running.add_argument(
         "--resume",
         choices=("latest",),
-        help="go on where RUN was stopped; the same command with the same result",
+        help="go on where RUN was stopped, or start if nothing is saved there; the same command "
+        "with the same result",
     )
     number = partial(_add_number, running)
     workers = min(default.workers, os.cpu_count() or 1)
@@ -334,6 +342,12 @@ def _add_running_options(parser: argparse.ArgumentParser, default: Running) -> N
     number("--save-every", default.save_every, "N", "steps between saved states, beside each epoch")
     number(
         "--max-bad", default.max_bad, "SHARE", "stop if more of an epoch's videos cannot be used"
+    )
+    number(
+        "--stall-timeout",
+        STALL_SECONDS,
+        "SECONDS",
+        "end a run that does nothing for so long; 0 for none",
     )
     running.add_argument(
         "--checkpoint-activations", action="store_true", help="use less memory and more time"
@@ -367,12 +381,23 @@ def train(args: argparse.Namespace) -> ExitCode:
             f"--loss contrastive contradicts --recipe {args.recipe}; take --recipe actionclip, "
             "with the options of the other that you want"
         )
-    device = building.join_processes(args.device, TIMEOUT_SECONDS)
+    if not 0 <= args.stall_timeout <= NO_LIMIT_SECONDS:
+        raise InputError(
+            f"--stall-timeout is {args.stall_timeout:g}; use seconds, up to {NO_LIMIT_SECONDS:.0f}"
+        )
+    patience = (args.stall_timeout or NO_LIMIT_SECONDS) + GRACE_SECONDS
+    watchdog = Watchdog(PROG, args.stall_timeout)
+    with watchdog:  # gloo waits far longer than it is told, and sometimes for nothing
+        device = building.join_processes(args.device, patience)
     try:
         with stop_signals() as stopped_by:
-            return _train(args, device, stopped_by)
+            return _train(args, device, watchdog, stopped_by)
     except InputError as error:
         raise in_terms_of_options(error) from error
+    except OutputError as error:
+        if not RunFolder(args.output).has_state:
+            raise
+        raise OutputError(f"{error}; once it can, go on with --resume latest") from error
     except RuntimeError as error:
         if not distributed.lost_another(error):
             raise
@@ -382,7 +407,10 @@ def train(args: argparse.Namespace) -> ExitCode:
 
 
 def _train(
-    args: argparse.Namespace, device: torch.device, stopped_by: "list[signal.Signals]"
+    args: argparse.Namespace,
+    device: torch.device,
+    watchdog: Watchdog,
+    stopped_by: "list[signal.Signals]",
 ) -> ExitCode:
     is_first = distributed.rank() == 0
     if not is_first:
@@ -432,9 +460,11 @@ def _train(
         running=running,
         should_stop=lambda: bool(stopped_by),
         on_video=bar.count_video,
+        on_progress=watchdog.note,
     )
     if is_resumed:
-        trainer.resume()
+        if fault := trainer.resume():
+            tell(f"{fault}; going on from the state before it")
         tell(f"going on at step {trainer.progress.step} of {trainer.num_steps}")
     else:
         if args.resume:
@@ -446,10 +476,11 @@ def _train(
     bar.start(trainer)
     board = open_tensorboard(args.output, trainer.progress.step) if is_first else None
     try:
-        for record in trainer.run():
-            bar.show(record)
-            if board is not None:
-                write_tensorboard(board, record)
+        with watchdog:
+            for record in trainer.run():
+                bar.show(record)
+                if board is not None:
+                    write_tensorboard(board, record)
     finally:
         bar.close()
         if board is not None:
@@ -459,8 +490,8 @@ def _train(
     # A signal to one process has stopped all of them.
     if signals := [each for caught in distributed.gather_objects(stopped_by) for each in caught]:
         tell(f"{signals[0].name}: saved step {trainer.progress.step}; go on with --resume latest")
-        by_signal = {signal.SIGINT: ExitCode.INTERRUPTED, signal.SIGTERM: ExitCode.TERMINATED}
-        return by_signal[signals[0]]
+        interrupted = signals[0] == signal.SIGINT
+        return ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED
     if is_first:
         tell(f"after the last step: weights sha256 {digest(model)}")
         tell(f"{folder.best}: the model of the {'best' if val else 'last'} epoch")
@@ -641,7 +672,7 @@ def in_terms_of_options(error: InputError) -> InputError:
 
 def is_resumable(folder: RunFolder) -> bool:
     """Return whether the folder holds a state, which all processes must see alike."""
-    some, not_all = distributed.reduce_max([folder.last.exists(), not folder.last.exists()])
+    some, not_all = distributed.reduce_max([folder.has_state, not folder.has_state])
     if some and not_all:
         raise InputError(f"{folder.last} is there for some processes only; use a shared disk")
     return bool(some)
@@ -811,7 +842,11 @@ def write_tensorboard(board: Any, record: Record) -> None:
 
 @contextmanager
 def stop_signals() -> "Iterator[list[signal.Signals]]":
-    """Collect SIGINT and SIGTERM instead of acting on them; a second one acts as usual."""
+    """Collect SIGINT, SIGTERM and SIGUSR1 instead of acting on them; a second one acts as usual.
+
+    But for SIGUSR1, by which Slurm announces the end: it may come to a launcher and its processes,
+    which hear of it from both, and never is the wish to end without saving.
+    """
     caught: list[signal.Signals] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -821,13 +856,15 @@ def stop_signals() -> "Iterator[list[signal.Signals]]":
             # Not print, which this may have interrupted in the middle of a line.
             with suppress(OSError):
                 os.write(2, f"\n{PROG}: {text}\n".encode())
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, before[each])
 
     before = {}
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if not hasattr(signal, name):  # Windows has not all of them
+            continue
         try:
-            before[each] = signal.signal(each, note)
+            before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
         except ValueError:  # not the main thread: the caller's handlers stay
             break
     try:
