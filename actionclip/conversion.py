@@ -6,23 +6,34 @@ and activation. Works on names and shapes alone; reads no files.
 """
 
 import json
+import math
 import re
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from actionclip.errors import WeightsError
+from actionclip.errors import WeightsError, short
 from actionclip.models.actionclip import ActionCLIPConfig
 from actionclip.models.base import VideoTextConfig
 from actionclip.models.clip import CLIPConfig
 from actionclip.models.layers import Activation
 from actionclip.models.xclip import XCLIPConfig, is_added
+from actionclip.prompts import check_class_names, fill_templates
 from actionclip.tokenizer import token_ids
 
 State = dict[str, Tensor]
+
+# A few minutes of video at its own rate; far more would only fill the memory.
+MAX_NUM_FRAMES = 10_000
+
+# Several times what any published model has, ViT-bigG with 48 blocks, 1664 and 1280 channels.
+_MAX_LAYERS = 256
+_MAX_WIDTH = 8192
+_MAX_POSITIONS = 2**20
 
 # Where our own files keep their configuration: safetensors metadata, or a key of the pickle.
 CONFIG_KEY = "actionclip"
@@ -215,6 +226,95 @@ def infer_clip_config(checkpoint: Checkpoint, activation: Activation) -> CLIPCon
     )
 
 
+def check_config(config: VideoTextConfig) -> None:
+    """Refuse what no model can be built from, or only one that fills the memory.
+
+    Raises:
+        ValueError: if a field has another type than it is declared with, or is out of range.
+    """
+    clip = config.clip
+    for part in (config, clip):
+        for name, kind in get_type_hints(type(part)).items():
+            if not _is_a(getattr(part, name), kind):
+                raise ValueError(f"{name} is {short(getattr(part, name))}, not {_spelled(kind)}")
+    layers = clip.vision_layers if isinstance(clip.vision_layers, tuple) else (clip.vision_layers,)
+    is_resnet = clip.vision_patch_size is None
+    numbers: dict[str, tuple[Any, int]] = {
+        "vision_layers": (max(layers, default=0), _MAX_LAYERS),
+        "text_layers": (clip.text_layers, _MAX_LAYERS),
+        "num_frames": (config.num_frames, MAX_NUM_FRAMES),
+        "vision_patch_size": (1 if is_resnet else clip.vision_patch_size, _MAX_WIDTH),
+        "resize": (1 if config.resize is None else config.resize, _MAX_WIDTH),
+        "context_length": (clip.context_length, _MAX_POSITIONS),
+        "vocab_size": (clip.vocab_size, _MAX_POSITIONS),
+    }
+    for name in ("embed_dim", "image_resolution", "vision_width", "text_width"):
+        numbers[name] = (getattr(clip, name), _MAX_WIDTH)
+    if isinstance(config, XCLIPConfig):
+        numbers["integration_layers"] = (config.integration_layers, _MAX_LAYERS)
+        numbers["prompt_layers"] = (config.prompt_layers, _MAX_LAYERS)
+    for name, (number, most) in numbers.items():
+        if not 1 <= number <= most:
+            raise ValueError(f"{name} is {number}, possible are 1 to {most}")
+    if is_resnet != isinstance(clip.vision_layers, tuple) or (is_resnet and len(layers) != 4):
+        raise ValueError(f"vision_layers is {clip.vision_layers}: one number, or four of a ResNet")
+    widths = {
+        "vision_heads": (clip.vision_heads, clip.vision_width * (32 if is_resnet else 1)),
+        "text_heads": (clip.text_heads, clip.text_width),
+    }
+    if isinstance(config, XCLIPConfig) and config.heads is not None:
+        widths["heads"] = (config.heads, clip.embed_dim)
+    for name, (heads, width) in widths.items():
+        if heads < 1 or width % heads:
+            raise ValueError(f"{name} is {heads}, which does not divide {width} channels")
+    if min(config.pixel_std) <= 0:
+        raise ValueError(f"pixel_std is {config.pixel_std}; all three must be above 0")
+    fill_templates(config.templates, ())
+    if config.class_names is not None:
+        check_class_names(config.class_names)
+
+
+def check_size(config: CLIPConfig, state: State) -> None:
+    """Refuse a configuration of far more weights than a file has, before they are allocated.
+
+    Raises:
+        ValueError: if the blocks and positions of both towers have more elements than `state`.
+    """
+    text, vision = config.text_width, config.vision_width
+    needed = text * (12 * config.text_layers * text + config.context_length)
+    if isinstance(config.vision_layers, tuple):
+        # Three convolutions of a bottleneck, in a stage of twice the width of the one before it.
+        needed += sum(17 * n * (vision << i) ** 2 for i, n in enumerate(config.vision_layers))
+    else:
+        assert config.vision_patch_size is not None
+        grid = config.image_resolution // config.vision_patch_size
+        needed += vision * (12 * config.vision_layers * vision + grid**2)
+    held = sum(tensor.numel() for tensor in state.values())
+    if needed > held:
+        raise ValueError(f"it tells of at least {needed} weights, where the file has {held}")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Tell whether a value is of a declared type; truths are no numbers, and NaN is none."""
+    parts = get_args(kind)
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in parts
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = parts[:1] * len(value) if parts[-1] is Ellipsis else parts
+        return len(value) == len(kinds) and all(map(_is_a, value, kinds))
+    if isinstance(kind, types.UnionType):
+        return any(_is_a(value, part) for part in parts)
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(cast(float, value))
+    return type(value) is kind
+
+
+def _spelled(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
+
+
 def config_to_json(config: VideoTextConfig) -> str:
     """Write a configuration as the JSON that our files carry."""
     return json.dumps({**asdict(config), "temporal": config.temporal}, sort_keys=True)
@@ -236,9 +336,12 @@ def config_from_json(text: str) -> VideoTextConfig:
                 values[name] = tuple(values[name])
         if values.get("temporal") == "xclip":
             del values["temporal"]
-            return XCLIPConfig(clip=CLIPConfig(**clip), **values)
-        return ActionCLIPConfig(clip=CLIPConfig(**clip), **values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            config: VideoTextConfig = XCLIPConfig(clip=CLIPConfig(**clip), **values)
+        else:
+            config = ActionCLIPConfig(clip=CLIPConfig(**clip), **values)
+        check_config(config)
+        return config
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise WeightsError(f"the configuration stored in the file is not ours: {error}") from error
 
 
@@ -259,8 +362,18 @@ def _from_own(state: State, stored: Mapping[str, Any]) -> Checkpoint:
         num_frames=parsed.num_frames,
         activation=parsed.clip.activation,
         config=parsed,
-        untrained=tuple(json.loads(stored.get(UNTRAINED_KEY, "[]"))),
+        untrained=_untrained(stored.get(UNTRAINED_KEY, "[]")),
     )
+
+
+def _untrained(text: object) -> tuple[str, ...]:
+    try:
+        names = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise WeightsError(f"{UNTRAINED_KEY} in the file is not a list of names")
+    return tuple(names)
 
 
 def _restore_rows(clip: State, config: VideoTextConfig) -> None:
@@ -270,6 +383,8 @@ def _restore_rows(clip: State, config: VideoTextConfig) -> None:
     stored = clip.get(key)
     if stored is None or len(stored) == config.clip.vocab_size:
         return
+    if stored.ndim != 2 or stored.shape[1] != config.clip.text_width:
+        raise WeightsError(f"{key} has shape {tuple(stored.shape)}, its model another width")
     if len(stored) != len(rows) or rows[-1] >= config.clip.vocab_size:
         raise WeightsError(
             f"{key} has {len(stored)} rows, but the vocabulary stored with it {len(rows)} tokens"
@@ -509,11 +624,25 @@ def _tensors(state: Any) -> State:
         return {}
     if not isinstance(state, Mapping):
         raise WeightsError(f"expected a state dict, found a {type(state).__name__}")
-    return {
+    tensors = {
         str(key).removeprefix("module."): value
         for key, value in state.items()
         if isinstance(value, Tensor)
     }
+    unusual = [key for key, value in tensors.items() if not _is_plain(value)]
+    if unusual:
+        raise WeightsError(f"no plain tensors that the file holds whole: {_listing(unusual)}")
+    return tensors
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Tell whether all elements are there: a pickle may expand a single one to any shape."""
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_quantized or tensor.is_complex() or tensor.is_nested)
+        and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+    )
 
 
 def _below(state: Mapping[str, Tensor], prefix: str) -> State:
@@ -538,7 +667,7 @@ def _heads(key: str, width: int) -> int:
 
 
 def _grid(positions: Tensor) -> int:
-    return round((len(positions) - 1) ** 0.5)
+    return round(max(len(positions) - 1, 0) ** 0.5)
 
 
 def _listing(keys: Iterable[str], most: int = 8) -> str:

@@ -268,7 +268,7 @@ def _locked(path: str, patience: Patience) -> Iterator[None]:
         deadline = time.monotonic() + patience.lock_seconds
         while True:
             with _disk(path):
-                if _try_lock(file):
+                if try_lock(file):
                     break
             if time.monotonic() > deadline:
                 raise DownloadError(
@@ -280,7 +280,8 @@ def _locked(path: str, patience: Patience) -> Iterator[None]:
         yield
 
 
-def _try_lock(file: IO[bytes]) -> bool:
+def try_lock(file: IO[bytes]) -> bool:
+    """Lock an open file until it is closed; returns whether no other process has done so."""
     try:
         if sys.platform == "win32":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -411,6 +412,10 @@ class _Passing(Exception):
     """A fault that another try may not meet."""
 
 
+class _Whole(Exception):
+    """The part is all that the server has."""
+
+
 class _Download:
     """One file on its way from a source to a path, over as many tries as it takes."""
 
@@ -491,7 +496,11 @@ class _Download:
             if digest.hexdigest() == self.expected:
                 return digest.hexdigest()
             headers = {"Range": f"bytes={start}-", "If-Range": mark}
-        with self._open(headers) as response:
+        try:
+            response = self._open(headers)
+        except _Whole:
+            return str(digest.hexdigest())
+        with response:
             if response.status == 206:
                 total = self._resumed_total(response, start)
             else:
@@ -559,7 +568,12 @@ class _Download:
         except urllib.error.HTTPError as error:
             error.close()
             reason = f"the server answers {error.code} {http.client.responses.get(error.code, '')}"
-            if error.code == 416:  # the part is not a beginning of what the server has
+            if error.code == 416:
+                # Of the version of the part, or else the mark would have made it send all.
+                asked = headers.get("Range", "").removeprefix("bytes=").removesuffix("-")
+                if error.headers.get("Content-Range") == f"bytes */{asked}":
+                    raise _Whole from error
+                # The part is not a beginning of what the server has.
                 with _disk(self._part):
                     _remove(self._mark)
                 raise _Passing(reason) from error

@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -63,6 +64,10 @@ _FOLDER_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
+
+
+# Texts of a pickle that name a codec from bytes to more bytes, in any spelling Python knows.
+_GROWING_CODECS = re.compile(rb"(?is)(X..\0\0|U.)[^a-z0-9]*(hex|base[^a-z0-9]*64|uu|quo)")
 
 
 @dataclass(frozen=True)
@@ -218,6 +223,7 @@ def _read_tensors(path: str, half_as: torch.dtype | None = None) -> WeightFile:
                 return WeightFile(path, "safetensors", dict(tensors), metadata)
             # Pickle's protocol opcode: files of torch before 1.6.
             if start.startswith(b"\x80"):
+                _check_names(path, _old_description(file))
                 return WeightFile(path, "pickle", _read_pickle(path, is_zip=False))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
@@ -238,12 +244,58 @@ def _what_else(start: bytes) -> str:
 def _is_torchscript(path: str, file: BufferedReader) -> bool:
     try:
         with zipfile.ZipFile(file) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return True
+            _check_modest(path, archive, os.fstat(file.fileno()).st_size)
+            return False
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
         reason = str(error).lower()
         raise WeightsError(
             f"{path}: cut short or damaged ({reason}); copy or download it again"
         ) from error
+
+
+def _check_modest(path: str, archive: zipfile.ZipFile, file_size: int) -> None:
+    """Refuse a zip file of `torch.save` from which `torch.load` would make far more memory."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+        raise WeightsError(
+            f"{path}: its entries are compressed or encrypted, which torch.save never does"
+        )
+    if sum(entry.file_size for entry in entries) > file_size:
+        raise WeightsError(f"{path}: damaged torch.save file, it claims more bytes than it has")
+    for entry in entries:
+        if entry.filename.endswith("data.pkl"):
+            _check_names(path, archive.read(entry))
+
+
+def _check_names(path: str, description: bytes) -> None:
+    """Refuse calls that `torch.load` allows though they make gigabytes of a short pickle.
+
+    Those are `bytearray(size)`, and `encode` to a codec that doubles what it made before.
+    """
+    needed = None
+    if b"\nbytearray\n" in description:
+        needed = "bytearray"
+    elif b"\nencode\n" in description and _GROWING_CODECS.search(description):
+        needed = "encode with another codec than latin1"
+    if needed:
+        raise WeightsError(
+            f"{path}: needs {needed}, by which a small file can fill the memory; where the file "
+            "was made, save the tensors alone: torch.save(model.state_dict(), path)"
+        )
+
+
+def _old_description(file: BinaryIO) -> bytes:
+    """Return the five pickles at the start of a file of torch before 1.6; storages follow."""
+    file.seek(0)
+    with contextlib.suppress(ValueError):  # `torch.load` says it better
+        for _ in range(5):
+            for _ in pickletools.genops(file):
+                pass
+    end = file.tell()
+    file.seek(0)
+    return file.read(end)
 
 
 def _read_pickle(path: str, *, is_zip: bool) -> dict[str, Any]:
@@ -255,9 +307,9 @@ def _read_pickle(path: str, *, is_zip: bool) -> dict[str, Any]:
         try:
             # Mapped, so that an optimiser saved beside the weights is never read. Given
             # this extension, `torch.load` would hand a path to the safetensors library.
-            mmap = is_zip and not path.endswith(".safetensors")
-            with contextlib.nullcontext(path) if mmap else open(path, "rb") as file:
-                content = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+            mapped = is_zip and not path.endswith(".safetensors")
+            with contextlib.nullcontext(path) if mapped else open(path, "rb") as file:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             refused = _refused_names(path, str(error), is_zip=is_zip)
             raise WeightsError(f"{path}: {refused}") from error
@@ -269,7 +321,30 @@ def _read_pickle(path: str, *, is_zip: bool) -> dict[str, Any]:
         raise WeightsError(
             f"{path}: holds a {type(content).__name__}, not a dictionary of named tensors"
         )
+    held, stored = _bytes_held(content), os.path.getsize(path)
+    if held > stored:
+        raise WeightsError(
+            f"{path}: makes tensors of {held} bytes, but is a file of {stored}: they are not in it"
+        )
     return content
+
+
+def _bytes_held(content: object) -> int:
+    """Return how much memory the tensors in nested containers have, each storage once."""
+    sizes: dict[int, int] = {}
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            # The others have their numbers in tensors of this kind, or none at all.
+            if value.layout == torch.strided and value.device.type == "cpu":
+                storage = value.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+    return sum(sizes.values())
 
 
 def _refused_names(path: str, message: str, *, is_zip: bool) -> str:
@@ -465,7 +540,7 @@ def _read_json(path: str) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: not valid JSON: {error}") from error
+        raise WeightsError(f"{path}: not valid JSON, repair or remove it: {error}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, not a dictionary")
     return content

@@ -24,11 +24,14 @@ from actionclip import download
 from actionclip.conversion import (
     CONFIG_KEY,
     INTEGRATION_POSITIONS,
+    MAX_NUM_FRAMES,
     POSITIONS,
     UNTRAINED_KEY,
     Checkpoint,
     State,
     canonical_temporal,
+    check_config,
+    check_size,
     config_to_json,
     convert,
     infer_clip_config,
@@ -46,9 +49,6 @@ from actionclip.tokenizer import token_ids
 
 # What `temporal` may ask for: a visual prompt of ActionCLIP, or X-CLIP.
 KINDS = (*TEMPORAL, "xclip")
-
-# A few minutes of video at its own rate; far more would only fill the memory.
-MAX_NUM_FRAMES = 10_000
 
 # Attention heads that Hugging Face's XCLIPModel has by default, whatever its width.
 HUGGING_FACE_HEADS = 8
@@ -247,7 +247,15 @@ def _read(
             _borrow_token_embedding(checkpoint, download_root)
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-    except (IndexError, KeyError, TypeError, ValueError, AttributeError) as error:
+    # RuntimeError: of tensors that do not fit together; ArithmeticError: of numbers of settings.
+    except (
+        LookupError,
+        ArithmeticError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise WeightsError(f"{path}: not the tensors or settings of a model ({error})") from error
     if checkpoint.activation is None and "quickgelu" in os.path.basename(path).lower():
         checkpoint.activation = "quick_gelu"
@@ -332,18 +340,17 @@ def _configure(
             "activation='quick_gelu' to silence this.",
             stacklevel=3,
         )
-    if checkpoint.config is not None:
-        return checkpoint.config
+    config = checkpoint.config
     try:
-        clip = infer_clip_config(checkpoint, told or activation or "quick_gelu")
-    except WeightsError as error:
+        if config is None:
+            clip = infer_clip_config(checkpoint, told or activation or "quick_gelu")
+            kind = XCLIPConfig if temporal == "xclip" else ActionCLIPConfig
+            config = kind(clip, **checkpoint.settings)
+            check_config(config)
+        check_size(config.clip, checkpoint.clip)
+    except (ValueError, WeightsError) as error:
         raise WeightsError(f"{name}: {error}") from error
-    try:
-        if temporal == "xclip":
-            return XCLIPConfig(clip, **checkpoint.settings)
-        return ActionCLIPConfig(clip, **checkpoint.settings)
-    except ValueError as error:
-        raise WeightsError(f"{name}: {error}") from error
+    return config
 
 
 def _with_time(

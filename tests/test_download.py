@@ -1,153 +1,47 @@
 """Files arrive whole and verified, or not at all, from servers of every kind."""
 
-import contextlib
 import errno
 import hashlib
-import http.server
 import os
 import random
 import re
 import socket
 import ssl
-import subprocess
-import sys
-import textwrap
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from download_server import (
+    BODY,
+    NAME,
+    SHA256,
+    Answer,
+    Handler,
+    Server,
+    child,
+    endless,
+    fault_after_kill,
+    faults_after_dead_owner,
+    files,
+    running_server,
+    serve,
+    stall,
+    status,
+)
 
 import actionclip.download as download
 from actionclip.download import Patience, cache_directory, fetch, mirror_for, offline_wanted
 from actionclip.errors import DownloadError
 
-BODY = random.Random(0).randbytes(600_000)
-SHA256 = hashlib.sha256(BODY).hexdigest()
-NAME = "ViT-B-32.pt"
-
-Answer = Callable[["Handler"], None]
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """Plays the server's answers in turn, the last one for ever."""
-
-    server: "Server"
-
-    def do_GET(self) -> None:
-        server = self.server
-        with server.lock:
-            server.requests.append((self.path, dict(self.headers)))
-            number = len(server.requests) - 1
-        answer = server.answers[min(number, len(server.answers) - 1)]
-        with contextlib.suppress(ConnectionError):
-            answer(self)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.lock = threading.Lock()
-        self.requests: list[tuple[str, dict[str, str]]] = []
-        self.answers: list[Answer] = [serve()]
-        self.ended = threading.Event()
-        self.base = f"http://127.0.0.1:{self.server_address[1]}"
-        self.url = f"{self.base}/models/{SHA256}/{NAME}"
-
-
-def serve(
-    body: bytes = BODY,
-    *,
-    cut: int | None = None,
-    etag: str | None = '"one"',
-    ranges: bool = True,
-    length: int | None = None,
-    announce: bool = True,
-    headers: Mapping[str, str] | None = None,
-) -> Answer:
-    """Answer as a static file server would, cutting the connection after `cut` bytes."""
-
-    def answer(handler: Handler) -> None:
-        start = 0
-        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
-        if asked and ranges and handler.headers.get("If-Range") in (None, etag):
-            start = int(asked[1])
-            if start >= len(body):
-                handler.send_error(416)
-                return
-            handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        else:
-            handler.send_response(200)
-        if etag:
-            handler.send_header("ETag", etag)
-        for name, value in (headers or {}).items():
-            handler.send_header(name, value)
-        if announce:
-            handler.send_header(
-                "Content-Length", str(len(body) - start if length is None else length)
-            )
-        handler.end_headers()
-        handler.wfile.write(body[start:cut])
-
-    return answer
-
-
-def status(
-    code: int, location: str | None = None, headers: Mapping[str, str] | None = None
-) -> Answer:
-    def answer(handler: Handler) -> None:
-        handler.send_response(code)
-        for name, value in (headers or {}).items():
-            handler.send_header(name, value)
-        if location:
-            handler.send_header("Location", location)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-    return answer
-
-
-def stall(after: int) -> Answer:
-    """Send some bytes, then nothing, without closing."""
-
-    def answer(handler: Handler) -> None:
-        handler.send_response(200)
-        handler.send_header("ETag", '"one"')
-        handler.send_header("Content-Length", str(len(BODY)))
-        handler.end_headers()
-        handler.wfile.write(BODY[:after])
-        handler.server.ended.wait(20)
-
-    return answer
-
-
-def endless(handler: Handler) -> None:
-    handler.send_response(200)
-    handler.end_headers()
-    while not handler.server.ended.is_set():
-        handler.wfile.write(b"x" * 65536)
-
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    running = Server()
-    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield running
-    running.ended.set()
-    running.shutdown()
-    running.server_close()
-    thread.join()
+    with running_server() as running:
+        yield running
 
 
 @pytest.fixture(autouse=True)
@@ -174,10 +68,6 @@ def get(url: str, folder: Path, **changes: object) -> str:
         "patience": PATIENCE,
     }
     return fetch(url, **{**arguments, **changes})
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if not name.endswith(".lock"))
 
 
 # --- what a good server gives --------------------------------------------------------
@@ -569,11 +459,18 @@ def test_date_is_mark_enough_only_with_a_statement(
     assert ("Range" in server.requests[-1][1]) is bool(first)
 
 
-def test_complete_part_without_a_checksum_starts_again(server: Server, tmp_path: Path) -> None:
+def test_complete_part_without_a_checksum_is_kept(server: Server, tmp_path: Path) -> None:
     (tmp_path / f"{NAME}.part").write_bytes(BODY)
     (tmp_path / f"{NAME}.part.etag").write_text('"one"')
     assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
     assert files(tmp_path) == [NAME]
+    assert [headers.get("Range") for _, headers in server.requests] == [f"bytes={len(BODY)}-"]
+
+
+def test_complete_part_of_an_older_version_starts_again(server: Server, tmp_path: Path) -> None:
+    (tmp_path / f"{NAME}.part").write_bytes(OTHER)
+    (tmp_path / f"{NAME}.part.etag").write_text('"old"')
+    assert Path(get_unpinned(server.url, tmp_path)).read_bytes() == BODY
 
 
 def test_noted_file_that_was_damaged_is_fetched_again(server: Server, tmp_path: Path) -> None:
@@ -829,6 +726,17 @@ def test_full_disk(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert NAME not in files(tmp_path)
 
 
+def test_file_that_may_not_grow(server: Server, tmp_path: Path) -> None:
+    """The system's own refusal, where a quota or a limit of the process stops a file."""
+    out, error = child(server, tmp_path, most_bytes=100_000).communicate(timeout=60)
+    assert out == ""
+    assert "DownloadError: cannot use" in error.splitlines()[-1]
+    assert "File too large; free some space there or set ACTIONCLIP_HOME" in error
+    assert files(tmp_path) == [f"{NAME}.part", f"{NAME}.part.etag"]
+    assert Path(get(server.url, tmp_path)).read_bytes() == BODY
+    assert server.requests[1][1]["Range"] == "bytes=100000-"
+
+
 def test_short_writes_are_completed() -> None:
     class Slow:
         written = b""
@@ -843,28 +751,6 @@ def test_short_writes_are_completed() -> None:
 
 
 # --- several processes ---------------------------------------------------------------
-
-# Without the package's own imports, which bring torch: sixteen of those take long.
-CHILD = """
-import sys, types
-package = types.ModuleType("actionclip")
-package.__path__ = [sys.argv[1]]
-sys.modules["actionclip"] = package
-from actionclip.download import fetch
-print(fetch(sys.argv[2], sha256=sys.argv[3] or None, filename=sys.argv[4], cache_dir=sys.argv[5],
-            allow_http=True))
-"""
-
-
-def child(server: Server, folder: Path, sha256: str = SHA256) -> subprocess.Popen:
-    package = os.path.dirname(download.__file__)
-    arguments = [package, server.url, sha256, NAME, str(folder)]
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(CHILD), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize(("number", "sha256"), [(16, SHA256), (4, "")])
@@ -906,6 +792,17 @@ def test_killed_process_leaves_something_to_resume(server: Server, tmp_path: Pat
     assert NAME not in files(tmp_path)
     assert Path(get(server.url, tmp_path)).read_bytes() == BODY
     assert server.requests[1][1]["Range"] == "bytes=300000-"
+
+
+@pytest.mark.parametrize("size", random.Random(2).sample(range(len(BODY)), 3))
+def test_killed_at_any_byte(tmp_path: Path, size: int) -> None:
+    assert fault_after_kill(tmp_path, size) == ""
+    assert files(tmp_path) == [NAME]
+
+
+def test_others_go_on_where_a_killed_process_stopped(tmp_path: Path) -> None:
+    assert faults_after_dead_owner(tmp_path, 4) == []
+    assert files(tmp_path) == [NAME]
 
 
 def test_waiting_for_the_lock_is_bounded(server: Server, tmp_path: Path) -> None:
