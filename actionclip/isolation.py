@@ -7,12 +7,13 @@ Decoders are native code, and a hostile file may end the process that decodes it
 import multiprocessing
 import signal
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from multiprocessing import forkserver
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+
+from actionclip.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -43,16 +44,33 @@ def prepare(modules: Sequence[str]) -> None:
     """Let the server of the children import modules, while the caller goes on.
 
     Only the first call of a process does anything; `Isolated` makes it too, but later.
+
+    Raises:
+        InputError: if the system starts no process.
     """
     if _METHOD == "forkserver":
+        from multiprocessing import forkserver
+
         context = multiprocessing.get_context(_METHOD)
         context.set_forkserver_preload(list(modules))
         # Ctrl-C reaches every process of a terminal. The parent is the one to act on it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            forkserver.ensure_running()
+            with _starting():
+                forkserver.ensure_running()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"no process of its own can be started for the work ({error.strerror}); check TMPDIR "
+            "and the limits on processes, or do without (--workers 0)"
+        ) from error
 
 
 class Isolated(Generic[Item, Result]):
@@ -89,6 +107,7 @@ class Isolated(Generic[Item, Result]):
 
         Raises:
             LostWorkError: if two children died of it, or one took too long.
+            InputError: if the system starts no child.
         """
         for _ in range(_TRIES):
             child = self._take()
@@ -128,7 +147,8 @@ class Isolated(Generic[Item, Result]):
             if self._is_closed:
                 raise LostWorkError("crashed", "the work was stopped")
             prepare(self._modules)
-            child = _Child(self._work, self._set_up)
+            with _starting():
+                child = _Child(self._work, self._set_up)
             self._all.add(child)
         return child
 

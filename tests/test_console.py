@@ -223,3 +223,12 @@ def test_signals_wait_for_imports(number: int, monkeypatch: pytest.MonkeyPatch) 
     assert command.run(command.build_parser("p", "d"), work, []) == 128 + number
     assert imported == ["all of it"]
     gc.unfreeze()
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    """The server of the processes that decode has a socket in a folder of its own."""
+    command = [sys.executable, "-m", "actionclip", "zeroshot", "a.mp4", "b.mp4"]
+    command += ["--model", "tiny", "--labels", "a red circle growing"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 3
+    assert os.listdir(tmp_path) == []

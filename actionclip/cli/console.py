@@ -11,6 +11,9 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from typing import NoReturn
 
+# The compiler, and the server of the processes that decode, which has a socket in a folder.
+LEAVE_THINGS = ("torch._inductor", "multiprocessing.forkserver")
+
 
 def zeroshot() -> NoReturn:
     """Run `actionclip-zeroshot`."""
@@ -43,8 +46,8 @@ def run(command: str, argv: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:  # while the command was imported; it handles its own
         print(f"actionclip-{command}: interrupted", file=sys.stderr)
         leave(130)
-    # Only this one, and not if it compiled, has started no process that has to be ended.
-    if command == "zeroshot" and "torch._inductor" not in sys.modules:
+    # Only this one is worth it, and not if it has to clean up.
+    if command == "zeroshot" and sys.modules.keys().isdisjoint(LEAVE_THINGS):
         leave(code)
     sys.exit(code)
 

@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from actionclip import isolation
 from actionclip.cli import command, options
 from actionclip.cli.command import ExitCode
 from actionclip.cli.report import (
@@ -94,8 +93,10 @@ def zeroshot(args: argparse.Namespace) -> ExitCode:
     labels = read_labels(args.labels)
     is_alone = len(args.videos) == 1 and args.videos[0] != "-" and not os.path.isdir(args.videos[0])
     if args.workers > 0 and not is_alone:
+        from actionclip.isolation import prepare
+
         # The processes that decode import PyTorch while this one does.
-        isolation.prepare(["actionclip.reading"])
+        prepare(["actionclip.reading"])
     from actionclip.published import begun_fetch
 
     # A published file is verified while PyTorch is imported.
