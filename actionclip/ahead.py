@@ -21,10 +21,11 @@ def map_ahead(
     name: str,
     *,
     batch: int = 1,
+    stop: Callable[[], object] = lambda: None,
 ) -> Generator[Result, None, None]:
     """Do the same work on every item, and yield the results in the order of the items.
 
-    Closing the generator ends the threads; work that has begun is finished first.
+    Closing the generator ends the threads; work that has begun is finished or broken off first.
 
     Args:
         work: called in a thread; what it raises is raised here, in its item's turn.
@@ -33,6 +34,7 @@ def map_ahead(
         workers: threads; 0 works in turn, in the thread of the caller.
         name: of the threads.
         batch: results that the caller collects before it is busy for a while.
+        stop: called at the end, also an early one, to break off work that has begun.
     """
     if workers == 0:
         yield from map(work, items)
@@ -50,4 +52,6 @@ def map_ahead(
                 return
             yield waiting.popleft().result()
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=False, cancel_futures=True)
+        stop()
+        executor.shutdown()

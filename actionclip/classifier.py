@@ -33,9 +33,6 @@ from actionclip.video import Limits, Span
 
 Video = str | os.PathLike[str] | Span
 
-# A reader keeps its own limit of time; only one that hangs in native code is past it by so much.
-_GRACE_SECONDS = 10.0
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -110,8 +107,8 @@ class VideoClassifier:
         limits: what a video file may cost; None is the default `Limits()`.
         strict: whether a damaged video is an error instead of being scored by what is left.
         isolated: decode in processes instead of threads, so that a file which crashes or stalls
-            a decoder costs its own result only. As ever with `multiprocessing`, a script has to
-            begin with `if __name__ == "__main__":`.
+            a decoder costs its own result only; unless `workers` is 0. As ever with
+            `multiprocessing`, a script has to do its work under `if __name__ == "__main__":`.
         text_cache: keep the text embeddings of many labels on disk, beside downloaded files,
             for the next classifier with the same weights and sentences.
         compile: compile the image encoder, see `inference.pack` for what that costs.
@@ -305,16 +302,19 @@ class VideoClassifier:
         batch = math.ceil(self.batch_size / (self.num_clips * self.num_crops))
         is_alone = isinstance(videos, Sequence) and len(videos) == 1
         reader = replace(self._reader, threads=max(1, self.workers) if is_alone else 1)
-        seconds = self.limits.max_seconds + _GRACE_SECONDS
         one_thread = partial(torch.set_num_threads, 1)
-        isolated = Isolated(reader, seconds, one_thread, modules=[ViewReader.__module__])
+        isolated = Isolated(reader, self.limits.max_seconds, one_thread, [ViewReader.__module__])
         is_isolated = self.isolated and self.workers > 0
         read = partial(_read_isolated, isolated) if is_isolated else reader
         readings = map_ahead(
-            partial(self._prepare, read), videos, self.workers, "decode", batch=batch
+            partial(self._prepare, read),
+            videos,
+            self.workers,
+            "decode",
+            batch=batch,
+            stop=isolated.close,
         )
-        # In this order an early end does not wait for what the children still decode.
-        with closing(readings), isolated:
+        with closing(readings):
             for reading in readings:
                 pending.append(_Outcome(reading))
                 ready = sum(len(o.reading.views) for o in pending if o.reading.views is not None)

@@ -630,7 +630,7 @@ def _claimed_size(file: BinaryIO, size: int) -> int:
     if head[:4] == b"RIFF":
         return 8 + int.from_bytes(head[4:8], "little")
     if head[:4] == _EBML_HEADER:
-        return _matroska_end(file)
+        return _matroska_end(file, size)
     return 0
 
 
@@ -662,14 +662,17 @@ def _mp4_end(file: BinaryIO, size: int) -> int:
     return 0
 
 
-def _matroska_end(file: BinaryIO) -> int:
+def _matroska_end(file: BinaryIO, size: int) -> int:
     """Return where the segment ends, or 0 if it does not say. Source: RFC 8794, section 6.2."""
     file.seek(4)
-    file.seek(_ebml_size(file) or 0, os.SEEK_CUR)
+    header = _ebml_size(file) or 0
+    if header > size:  # the system may not seek that far
+        return 0
+    file.seek(header, os.SEEK_CUR)
     if file.read(4) != _EBML_SEGMENT:
         return 0
-    size = _ebml_size(file)
-    return 0 if size is None else file.tell() + size
+    segment = _ebml_size(file)
+    return 0 if segment is None else file.tell() + segment
 
 
 def _ebml_size(file: BinaryIO) -> int | None:
@@ -1028,7 +1031,7 @@ def _image(source: _Source, name: str, losses: _Losses) -> VideoFrame:
     image_format = next((f for s, f in _IMAGE_SIGNATURES.items() if head.startswith(s)), None)
     if image_format is None:
         raise VideoError(path, "not-an-image", "neither JPEG nor PNG; convert it")
-    if image_format == "png_pipe":  # ISO/IEC 15948, 11.2.2
+    if head[12:16] == b"IHDR" and len(head) == 24:  # ISO/IEC 15948, 11.2.2
         source.check_size(int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:], "big"))
     with _open(source, path, image_format) as container:
         frame = next(_all_frames(_best_video(source, container), losses), None)

@@ -15,13 +15,22 @@ def set_up() -> None:
     os.environ["SET_UP"] = "yes"
 
 
+def leave() -> None:
+    """End at once."""
+    os._exit(7)
+
+
 def work(item: object) -> object:
     """Do what the item says: crash, hang, raise, leave, or return it."""
     match item:
         case "crash":
             os.kill(os.getpid(), signal.SIGSEGV)
         case "leave":
-            os._exit(7)
+            leave()
+        case ("interrupt", pid):
+            time.sleep(0.5)
+            os.kill(pid, signal.SIGINT)
+            time.sleep(3600)
         case "hang":
             time.sleep(3600)
         case "raise":

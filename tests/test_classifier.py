@@ -349,7 +349,7 @@ def test_processes_change_nothing(model: ActionCLIP, videos: list[Path], options
 def test_a_decoder_that_dies_or_hangs_costs_one_video(
     model: ActionCLIP, videos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("actionclip.classifier._GRACE_SECONDS", 3.0)
+    monkeypatch.setattr("actionclip.isolation._GRACE_SECONDS", 3.0)
     paths = [tmp_path / name for name in ("a.mp4", "crash.mp4", "b.mp4", "hang.mp4", "c.mp4")]
     for path in paths:
         path.write_bytes(videos[1].read_bytes())

@@ -11,6 +11,8 @@ from pathlib import Path
 import isolated_work
 import pytest
 
+from actionclip import isolation
+from actionclip.ahead import map_ahead
 from actionclip.errors import InputError, VideoError
 from actionclip.isolation import Isolated, LostWorkError
 
@@ -19,7 +21,9 @@ SECONDS = 30.0
 
 @pytest.fixture
 def isolated():
-    with Isolated(isolated_work.work, SECONDS, isolated_work.set_up, ["isolated_work"]) as isolated:
+    with Isolated(
+        isolated_work.work, SECONDS, isolated_work.set_up, ["actionclip.reading"]
+    ) as isolated:
         yield isolated
 
 
@@ -73,8 +77,9 @@ def test_a_child_that_died_while_it_was_idle_is_replaced(isolated) -> None:
     assert isolated("here") == "here"
 
 
-def test_a_child_that_hangs_is_stopped() -> None:
-    work = Isolated(isolated_work.work, 3, isolated_work.set_up, ["isolated_work"])
+def test_a_child_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "_GRACE_SECONDS", 1)
+    work = Isolated(isolated_work.work, 2, isolated_work.set_up, ["actionclip.reading"])
     with work as isolated:
         pid = isolated("pid")
         with pytest.raises(LostWorkError, match=r"took over 3 seconds") as caught:
@@ -92,7 +97,7 @@ def test_threads_have_a_child_each(isolated, tmp_path: Path) -> None:
 
 
 def test_leaving_does_not_wait_for_the_work() -> None:
-    work = Isolated(isolated_work.work, 600, isolated_work.set_up, ["isolated_work"])
+    work = Isolated(isolated_work.work, 600, isolated_work.set_up, ["actionclip.reading"])
     with ThreadPoolExecutor(1) as pool:
         with work as isolated:
             pid = isolated("pid")
@@ -103,22 +108,71 @@ def test_leaving_does_not_wait_for_the_work() -> None:
             hanging.result(timeout=20)
 
 
+def test_an_interrupted_list_does_not_wait_either(tmp_path: Path) -> None:
+    """The interruption comes while the caller waits for a result."""
+    work = Isolated(isolated_work.work, 600, isolated_work.set_up, ["actionclip.reading"])
+    items: list = ["here", ("interrupt", os.getpid()), "hang", "hang"]
+    results = map_ahead(work, items, 2, "test", stop=work.close)
+    assert next(results) == "here"
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        list(results)
+    assert time.monotonic() < started + 60
+
+
+def test_nothing_is_imported_from_the_current_folder(isolated, tmp_path: Path) -> None:
+    for name in ("struct", "random", "torch", "signal"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w')")
+    command = [str(Path(sys.executable).with_name("actionclip-zeroshot")), "a.mp4", "b.mp4"]
+    command += ["--model", "tiny", "--labels", "a red circle growing"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert not (tmp_path / "owned").exists()
+    assert (result.returncode, result.stderr.count("\n")) == (3, 3), result.stderr
+
+
+def test_children_that_died_while_they_were_idle(isolated, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(isolated, [("meet", str(tmp_path), 2)] * 2))
+    for name in os.listdir(tmp_path):
+        os.kill(int(name), signal.SIGKILL)
+    assert isolated("here") == "here"
+
+
+def test_children_that_end_at_their_start() -> None:
+    with (
+        Isolated(
+            isolated_work.work, SECONDS, isolated_work.leave, ["actionclip.reading"]
+        ) as isolated,
+        pytest.raises(InputError, match=r"ended with code 7 at its start; a script that uses such"),
+    ):
+        isolated("here")
+
+
+def test_any_limit_of_time_can_be_asked_for() -> None:
+    with Isolated(isolated_work.work, float("inf"), isolated_work.set_up, []) as isolated:
+        assert isolated("here") == "here"
+
+
 PARENT = """
 import sys, threading
 sys.path.insert(0, {tests!r})
 import isolated_work
 from actionclip.isolation import Isolated
 if __name__ == "__main__":
-    isolated = Isolated(isolated_work.work, 600, isolated_work.set_up, ["isolated_work"])
-    print(isolated("pid"), flush=True)
-    sys.stdin.read()
+    isolated = Isolated(isolated_work.work, 600, isolated_work.set_up, ["actionclip.reading"])
+    with isolated:
+        print(isolated("pid"), flush=True)
+        if {is_busy!r}:
+            threading.Thread(target=isolated, args=["hang"]).start()
+        sys.stdin.read()
 """
 
 
+@pytest.mark.parametrize("is_busy", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_children_end_with_their_parent(number: int, tmp_path: Path) -> None:
+def test_children_end_with_their_parent(number: int, is_busy: bool, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
-    script.write_text(PARENT.format(tests=str(Path(__file__).parent)))
+    script.write_text(PARENT.format(tests=str(Path(__file__).parent), is_busy=is_busy))
     parent = subprocess.Popen(
         [sys.executable, script],
         stdin=subprocess.PIPE,
@@ -129,6 +183,7 @@ def test_children_end_with_their_parent(number: int, tmp_path: Path) -> None:
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
+    time.sleep(0.5 * is_busy)
     if number == signal.SIGINT:  # as Ctrl-C: to all of them; only the parent may say a word
         os.killpg(parent.pid, number)
     else:
@@ -153,7 +208,7 @@ def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
-    with Isolated(isolated_work.work, 9, isolated_work.set_up, ["isolated_work"]) as isolated:
+    with Isolated(isolated_work.work, 9, isolated_work.set_up, ["actionclip.reading"]) as isolated:
         message = r"started for the work \(Resource temporarily unavailable\); check TMPDIR"
         with pytest.raises(InputError, match=message):
             isolated("here")

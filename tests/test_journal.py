@@ -1,5 +1,6 @@
 """Rows that survive: what is known is not done again, nothing is lost, nothing stands twice."""
 
+import errno
 import json
 import os
 import resource
@@ -151,20 +152,50 @@ def test_a_video_that_could_not_be_read(videos) -> None:
     assert classifier.asked == ["2.mp4"]
 
 
-def test_an_error_of_the_disk_is_looked_at_again(videos) -> None:
+@pytest.mark.parametrize("reason", ["unreadable", "timeout", "crashed"])
+def test_what_the_machine_may_have_caused_is_tried_again(videos, reason: str) -> None:
     complete(videos, Classifier())
-    text = (
-        Path("rows.jsonl")
-        .read_text()
-        .replace(
-            '"reason": null, "message": "about 2', '"reason": "unreadable", "message": "about 2'
-        )
-    )
-    Path("rows.jsonl").write_text(text)
+    text = Path("rows.jsonl").read_text()
+    before = '"reason": null, "message": "about 2'
+    Path("rows.jsonl").write_text(text.replace(before, before.replace("null", f'"{reason}"')))
     classifier = Classifier()
     complete(videos, classifier)
     assert classifier.asked == ["2.mp4"]
     assert [line["reason"] for line in lines()] == [None] * 6
+
+
+def test_a_folder_of_frames_is_what_is_in_it(videos) -> None:
+    os.mkdir("frames")
+    Path("frames", "1.jpg").write_text("one")
+    os.utime("frames", ns=(1, 1))
+    complete(["frames"], Classifier())
+    classifier = Classifier()
+    complete(["frames"], classifier)
+    assert classifier.asked == []
+    Path("frames", "1.jpg").write_text("another")
+    assert os.stat("frames").st_mtime_ns == 1
+    complete(["frames"], classifier)
+    assert classifier.asked == ["frames"]
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_file_that_is_taken_away_meanwhile(videos, is_replaced: bool) -> None:
+    with Journal("rows.jsonl", SETTINGS) as rows:
+        list(rows.complete(videos, Classifier()))
+        os.unlink("rows.jsonl")
+        if is_replaced:
+            Path("rows.jsonl").write_text("another's")
+        rows.finish()
+    assert [line["path"] for line in lines()] == videos
+
+
+def test_a_disk_without_locks(videos, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: object) -> bool:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(journal, "try_lock", refuse)
+    with pytest.raises(OutputError, match=r"results to rows\.jsonl: No locks available"):
+        complete(videos, Classifier())
 
 
 @pytest.mark.parametrize(
@@ -174,6 +205,7 @@ def test_an_error_of_the_disk_is_looked_at_again(videos) -> None:
         b"hello\n",
         b'{"path": "a.mp4", "status": "ok"}\n',  # of another version, or another command
         b'{"labels": ["a"]}',
+        b'{"path": "/etc/precious", "a": 1}',
         b"[]\n",
         b"\xff\xfe\n",
         b"{" * 100_000 + b"\n",

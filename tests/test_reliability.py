@@ -37,7 +37,8 @@ def test_a_figure_that_does_not_hold_stands_out() -> None:
     }
     module = {"seconds": 100, "machine": machine, "figures": [figure]}
     text = page.text({"weights": module})
-    assert "| a\\|b | 1 of 2 | **does not hold** | `weights` |" in text
+    assert "| a\\|b | 1 of 2 | **does not hold** |" in text
+    assert "`python -m benchmarks.reliability weights`" in text
     assert "* a|b: why" in text
     assert "| `weights` | 2026-01-01 | 2 min |" in text
 

@@ -1059,3 +1059,19 @@ def test_opening_a_file_imports_nothing(h264_video: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "[]\n"
+
+
+def test_an_ebml_header_that_claims_more_than_a_disk_holds(tmp_path: Path) -> None:
+    path = tmp_path / "a.mkv"
+    path.write_bytes(b"\x1a\x45\xdf\xa3" + b"\x01" + b"\xfe" * 7 + bytes(200))
+    with pytest.raises(VideoError) as caught:
+        read_frames(path, [0])
+    assert caught.value.reason == "not-a-video"
+
+
+@pytest.mark.parametrize("content", [b"IHDR", b"CgBI" + bytes(30)])
+def test_a_png_whose_size_is_not_where_it_should_be(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\x0d" + content)
+    with pytest.raises(VideoError) as caught:
+        read_frames(tmp_path, [0])
+    assert caught.value.reason in ("damaged", "not-a-video")

@@ -219,6 +219,44 @@ def test_a_killed_run_goes_on(run, folder: Path, format: str, monkeypatch) -> No
     assert not Path(f"{output}.part").exists()
 
 
+@pytest.mark.parametrize("format", ["jsonl", "csv"])
+def test_a_link_to_an_output_stays_one(run, folder: Path, format: str) -> None:
+    for name in (f"real.{format}", f"link.{format}"):
+        (folder / name).unlink(missing_ok=True)
+    os.symlink(f"real.{format}", folder / f"link.{format}")
+    assert run("a.mp4", "clips", "--format", format, "--output", f"link.{format}")[0] == 0
+    assert (folder / f"link.{format}").is_symlink()
+    assert "clips" in (folder / f"real.{format}").read_text()
+
+
+def test_devices_take_rows_and_keep_none(folder: Path) -> None:
+    assert zeroshot.is_stream("/dev/stdout")
+    assert zeroshot.is_stream("/dev/null")
+    os.mkfifo(folder / "pipe")
+    assert zeroshot.is_stream(str(folder / "pipe"))
+    assert not zeroshot.is_stream(str(folder / "new.jsonl"))
+    assert not zeroshot.is_stream(str(folder / "a.mp4"))
+
+
+def test_names_that_are_not_utf8_in_every_format(run, folder: Path) -> None:
+    name = os.fsdecode(b"gone \xfe.mp4")
+    for format in ("csv", "table"):
+        assert "gone \\udcfe.mp4" in run(name, "--format", format)[1]
+    os.makedirs(folder / "frames")
+    (folder / "frames" / os.fsdecode(b"1\xff.jpg")).write_text("no image")
+    _, out, _ = run("frames", "--format", "jsonl")
+    assert "\\udc" not in out
+    assert "1\ufffd.jpg" in rows(out)[0]["message"]
+
+
+def test_csv_keeps_what_scripts_need(run) -> None:
+    labels = ["\u0645\u06cc\u200c\u062f\u0648\u062f", "two\u00a0words", "evil\u202egnirts"]
+    _, out, _ = run("a.mp4", "--format", "csv", labels=labels)
+    assert labels[0] in out
+    assert labels[1] in out
+    assert "evil\\u202egnirts" in out
+
+
 def test_other_settings_do_all_again(run, folder: Path) -> None:
     options = ("clips", "--format", "jsonl", "--output", "settings.jsonl")
     changes: list[tuple[tuple[str, ...], list[str]]] = [

@@ -36,8 +36,6 @@ examples:
 
 # An hour for one video: to read all of a film takes longer than to read a few of its frames.
 LIMITS = Limits(max_seconds=3600.0)
-# Only a decoder that hangs in native code is past that by so much.
-GRACE_SECONDS = 10.0
 
 
 def build_parser() -> command.OneLineParser:
@@ -83,14 +81,13 @@ def check(args: argparse.Namespace) -> ExitCode:
     counts = {"ok": 0, "damaged": 0, "error": 0, "missing": 0}
     total = len(videos.samples) + len(videos.missing)
     hidden = not sys.stderr.isatty()
-    seconds = LIMITS.max_seconds + GRACE_SECONDS
     one_thread = partial(torch.set_num_threads, 1)
     decode_all = partial(decode_one, limits=LIMITS)
-    isolated = Isolated(decode_all, seconds, one_thread, modules=[__name__])
-    with open_output(args.output) as file, isolated:
+    isolated = Isolated(decode_all, LIMITS.max_seconds, one_thread, [__name__])
+    with open_output(args.output) as file:
         writer = WRITERS[args.format](file, predicts=False)
         check_one = partial(decode_isolated, isolated)
-        decoded = map_ahead(check_one, videos.samples, args.workers, "check")
+        decoded = map_ahead(check_one, videos.samples, args.workers, "check", stop=isolated.close)
         results = chain(decoded, (report_missing(name, videos.root) for name in videos.missing))
         for result in tqdm(results, total=total, unit="video", disable=hidden, file=sys.stderr):
             counts["missing" if result.reason == "missing" else result.status] += 1

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from array import array
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from itertools import pairwise
@@ -30,8 +30,8 @@ MAX_ROW_BYTES = 16_000_000
 
 # How every row begins, see `report.row`.
 _START = b'{"path": "'
-# Of a disk or network that failed; the next time the same file may be readable.
-_PASSING = "unreadable"
+# What a busy or failing machine may have caused: the next time the same file may do.
+_PASSING = frozenset({"crashed", "timeout", "unreadable"})
 
 
 class Journal:
@@ -50,7 +50,7 @@ class Journal:
     def __init__(self, path: str, settings: object) -> None:
         self.path = path
         self._settings = json.dumps(settings)
-        self._known: defaultdict[str, deque[int]] = defaultdict(deque)  # key -> where its rows are
+        self._known: dict[str, list[int]] = {}  # key -> where its rows are
         self._places = array("q")  # of the rows of this run, in the order of its videos
         self._num_rows = 0  # in the file
         self._flushed = time.monotonic()
@@ -59,9 +59,12 @@ class Journal:
         with as_output_error(self.path):
             self._file: IO[bytes] = open(self.path, "a+b")
         try:
-            if not try_lock(self._file):
-                raise InputError(f"{self.path}: another process writes it; name another --output")
             with as_output_error(self.path):
+                self._file.seek(0)  # Windows locks what follows
+                if not try_lock(self._file):
+                    raise InputError(
+                        f"{self.path}: another process writes it; name another --output"
+                    )
                 self._end = self._read()
                 self._file.truncate(self._end)
         except BaseException:
@@ -92,8 +95,8 @@ class Journal:
                     f"{self.path}: its line at byte {end} is not a row that this command wrote "
                     "with --output; name another file, or remove it"
                 )
-            if row.get("reason") != _PASSING:
-                self._known[row["key"]].append(end)
+            if row.get("reason") not in _PASSING:
+                self._known.setdefault(row["key"], []).append(end)
             self._num_rows += 1
             end += len(line)
         return end
@@ -107,26 +110,26 @@ class Journal:
             videos: paths.
             classify: gives the rows of those that have none, in order; it takes a few ahead.
         """
-        ahead: deque[tuple[str, int | None]] = deque()  # taken, and not yielded yet
+        ahead: deque[str | int] = deque()  # taken, and not yielded yet: a key, or where its row is
 
         def without_row() -> Iterator[str]:
             for path in videos:
                 key = self._key(path)
-                place = self._known[key].popleft() if self._known.get(key) else None
-                ahead.append((key, place))
-                if place is None:
+                if places := self._known.get(key):
+                    ahead.append(places.pop(0))
+                else:
+                    ahead.append(key)
                     yield path
 
         with closing(classify(without_row())) as rows:
             for row in rows:
                 yield from self._old_rows(ahead)
-                key, _ = ahead.popleft()
-                self._append({**row, "key": key})
+                self._append({**row, "key": ahead.popleft()})
                 yield row, True
         yield from self._old_rows(ahead)
 
-    def _old_rows(self, ahead: deque[tuple[str, int | None]]) -> Iterator[tuple[Row, bool]]:
-        while ahead and (place := ahead[0][1]) is not None:
+    def _old_rows(self, ahead: deque[str | int]) -> Iterator[tuple[Row, bool]]:
+        while ahead and isinstance(place := ahead[0], int):
             ahead.popleft()
             self._places.append(place)
             yield self._row_at(place), False
@@ -134,11 +137,13 @@ class Journal:
     def _key(self, path: str) -> str:
         """Tell a video as it is now, under these settings, from all others."""
         try:
-            status = os.stat(path)
-            file = [status.st_size, status.st_mtime_ns, os.access(path, os.R_OK)]
+            files: list[object] = [_signature(os.stat(path)), os.access(path, os.R_OK)]
+            if os.path.isdir(path):  # whose frames may change without it
+                with os.scandir(path) as entries:
+                    files += sorted([entry.name, *_signature(entry.stat())] for entry in entries)
         except (OSError, ValueError):  # ValueError: a null character in the name
-            file = []
-        text = json.dumps([path, file, self._settings])
+            files = []
+        text = json.dumps([path, files, self._settings])
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _append(self, row: Row) -> None:
@@ -164,12 +169,22 @@ class Journal:
 
     def finish(self) -> None:
         """Leave the rows of this run in the order of its videos, and no others."""
-        if len(self._places) == self._num_rows and all(a < b for a, b in pairwise(self._places)):
+        if self._is_in_order() and self._is_there():
             with as_output_error(self.path):
                 os.fsync(self._file.fileno())
             return
         lines = map(self._line_at, self._places)
         write_atomically(self.path, lambda file: file.writelines(lines))
+
+    def _is_in_order(self) -> bool:
+        return len(self._places) == self._num_rows and all(a < b for a, b in pairwise(self._places))
+
+    def _is_there(self) -> bool:
+        """Tell whether nobody has moved or replaced the file meanwhile."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except OSError:
+            return False
 
     def _line_at(self, place: int) -> bytes:
         self._file.seek(place)
@@ -194,6 +209,10 @@ def replace_output(path: str, format: str, rows: Iterable[Row]) -> None:
     write_atomically(path, write)
 
 
+def _signature(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
 def _parse(line: bytes) -> Row | None:
     """Return the row on a line, or None if it is not one of a journal."""
     try:
@@ -208,4 +227,10 @@ def _parse(line: bytes) -> Row | None:
 
 def _is_torn(line: bytes) -> bool:
     """Tell whether a last line is what a crash leaves of a row, or a power cut: zeros."""
-    return _START.startswith(line[: len(_START)]) or not line.strip(b"\0")
+    if not line.strip(b"\0"):
+        return True
+    try:
+        json.loads(line)
+    except ValueError:
+        return _START.startswith(line[: len(_START)])
+    return _parse(line) is not None

@@ -19,8 +19,10 @@ Row = dict[str, Any]
 
 # How Python holds bytes of a name that are not UTF-8. In JSON many readers refuse them.
 _HALF = re.compile("[\ud800-\udfff]")
+# Controls, and what turns or ends a line: not all that has no width, which some scripts need.
+_STEERING = re.compile(r"[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # What makes a spreadsheet compute a cell.
-_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA_STARTS = ("=", "+", "-", "@")
 
 BAR_WIDTH = 20
 # A full block and its left parts, an eighth at a time.
@@ -83,7 +85,7 @@ def row(result: "VideoResult", top_k: int) -> Row:
         "path": result.path,
         "status": result.status,
         "reason": result.reason,
-        "message": result.message,
+        "message": result.message and _HALF.sub("\ufffd", result.message),
         "frames": result.num_frames,
     }
     if _HALF.search(result.path):
@@ -149,20 +151,26 @@ class CsvWriter(JsonLinesWriter):
         predictions = row.get("predictions", [])
         best = [{"rank": rank, **each} for rank, each in enumerate(predictions, start=1)]
         for prediction in best or [{}]:
-            cells = {**row, **prediction}
+            cells = {**row, **prediction, "path": full_name(row)}
             self.csv.writerow({name: csv_cell(value) for name, value in cells.items()})
         self.file.flush()
 
 
 def csv_cell(value: Any) -> Any:
-    """Make a cell what it looks like: no control characters, and nothing that is computed.
+    """Make a cell what it looks like: nothing that steers a terminal, and nothing computed.
 
     Spreadsheets run a cell that begins like a formula; the apostrophe makes it text.
     Source: OWASP, CSV Injection.
     """
     if not isinstance(value, str):
         return value
-    return f"'{one_line(value)}" if value.startswith(_FORMULA_STARTS) else one_line(value)
+    text = _STEERING.sub(lambda match: one_line(match[0]), value)
+    return f"'{text}" if text.startswith(_FORMULA_STARTS) else text
+
+
+def full_name(row: Row) -> str:
+    """Return the path of a row with all that it holds, as Python names files."""
+    return os.fsdecode(base64.b64decode(row["path_b64"])) if "path_b64" in row else row["path"]
 
 
 class TableWriter(JsonLinesWriter):
@@ -173,7 +181,7 @@ class TableWriter(JsonLinesWriter):
         self.blocks = BLOCKS if _can_encode(file, BLOCKS) else "#"
 
     def write(self, row: Row) -> None:
-        lines = [one_line(row["path"])]
+        lines = [one_line(full_name(row))]
         predictions = row.get("predictions", [])
         if row["status"] != "ok" and not self.predicts:
             lines.append(f"  {row['reason']}: {one_line(row['message'] or '')}")

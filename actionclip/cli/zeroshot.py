@@ -8,7 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from actionclip.cli import command, options
@@ -142,11 +142,13 @@ def write_rows(
     from actionclip.cli.journal import Journal, replace_output
 
     def classify(paths: Iterable[str]) -> Generator[Row, None, None]:
+        if not classifier.isolated:  # a video that is alone, for which all threads decode
+            paths = list(paths)
         with closing(classifier.stream(paths)) as results:
             for result in results:
                 yield row(result, args.top_k)
 
-    if args.output is None or (os.path.exists(args.output) and not os.path.isfile(args.output)):
+    if args.output is None or is_stream(args.output):
         with open_output(args.output) as file, closing(classify(paths)) as rows:
             writer = WRITERS[args.format](file)
             for each in rows:
@@ -155,15 +157,25 @@ def write_rows(
                 yield each, True
             writer.close()
         return
-    name = args.output if args.format == "jsonl" else f"{args.output}.part"
-    with Journal(name, {**settings_of(classifier), "top_k": args.top_k}) as journal:
+    output = os.path.realpath(args.output)  # a link stays one
+    kept = output if args.format == "jsonl" else f"{output}.part"
+    with Journal(kept, {**settings_of(classifier), "top_k": args.top_k}) as journal:
         with closing(journal.complete(paths, classify)) as completed:
             yield from completed
         if args.format == "jsonl":
             journal.finish()
         else:
-            replace_output(args.output, args.format, journal.rows())
-            os.remove(name)
+            replace_output(output, args.format, journal.rows())
+    if kept != output:
+        with suppress(FileNotFoundError):
+            os.remove(kept)
+
+
+def is_stream(output: str) -> bool:
+    """Tell whether an output takes rows but keeps none: a pipe, a device, `/dev/stdout`."""
+    if os.path.abspath(output).startswith(("/dev/", "/proc/")):
+        return True
+    return os.path.exists(output) and not os.path.isfile(output)
 
 
 def refuse_mixed_up_files(args: argparse.Namespace) -> None:

@@ -26,8 +26,8 @@ BARS = {
 HEAD = """\
 # Under fire
 
-What the package was put through, and what came of it. `python -m benchmarks.reliability NAME`
-measures a row again, without NAME all of them; the tests run a small part of it each time.
+What the package was put through, and what came of it. `python -m benchmarks.reliability` measures
+all of it again, the commands below a part each; the tests run a small part every time.
 """
 
 
@@ -54,10 +54,12 @@ def text(modules: dict[str, Any]) -> str:
 
 
 def _section(bar: str, question: str, rows: list[tuple[str, dict[str, Any]]]) -> str:
-    lines = [f"## {bar}", "", question, "", "| | measured | | NAME |", "|---|---|---|---|"]
-    for name, figure in rows:
+    names = " ".join(dict.fromkeys(name for name, _ in rows))
+    lines = [f"## {bar}", "", f"{question} `python -m benchmarks.reliability {names}`", ""]
+    lines += ["| | measured | |", "|---|---|---|"]
+    for _, figure in rows:
         mark = "holds" if figure["holds"] else "**does not hold**"
-        cells = (figure["question"], figure["answer"], mark, f"`{name}`")
+        cells = (figure["question"], figure["answer"], mark)
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
     notes = [f"* {f['question']}: {f['note']}" for _, f in rows if f["note"]]
     return "\n".join([*lines, *([""] if notes else []), *notes, ""])
