@@ -12,12 +12,22 @@ from pathlib import Path
 STRACE = shutil.which("strace")
 
 # Where Python, its packages, the C library and the kernel keep what they may load at any time.
-LIBRARIES = (
-    sys.prefix,
-    sys.base_prefix,
-    str(Path(__file__).parents[1] / "actionclip"),
-    *("/lib", "/usr/lib", "/usr/share/locale", "/usr/share/zoneinfo", "/etc", "/proc", "/sys"),
-    *("/dev/shm", "/dev/null", "/dev/urandom"),
+LIBRARIES = tuple(
+    os.path.join(folder, "")
+    for folder in (
+        sys.prefix,
+        sys.base_prefix,
+        str(Path(__file__).parents[1] / "actionclip"),
+        *("/lib", "/lib64", "/usr/lib", "/usr/share/locale", "/usr/share/zoneinfo"),
+        *("/sys/devices/system", "/dev/shm"),
+    )
+)
+# Not all of these folders: a password or a key may lie beside them.
+_FILES = frozenset(
+    {
+        *("/etc/ld.so.cache", "/etc/localtime", "/dev/null", "/dev/urandom"),
+        *("/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/self/fd", "/proc/self/maps"),
+    }
 )
 _CALL = re.compile(r"(?:\d+ +)?(\w+)\((.*)")
 _TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
@@ -69,4 +79,4 @@ def parse(text: str, folder: str | os.PathLike[str]) -> Trace:
 
 
 def is_library(path: str) -> bool:
-    return path.startswith(LIBRARIES)
+    return path.startswith(LIBRARIES) or path in _FILES

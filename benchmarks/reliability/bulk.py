@@ -115,26 +115,26 @@ def kill(folder: Path, paths: list[str], kills: int) -> Figure:
     while done < kills:
         output.unlink(missing_ok=True)
         before: list[dict] = []
-        # Five kills a run, so that they meet its beginning, its middle and its end.
-        for _ in range(min(5, kills - done)):
+        # Until one is through, so that they meet its beginning, its middle and its end.
+        while done < kills and len(before) < len(paths):
             process = subprocess.Popen(
                 command(output), stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
             )
-            kill_at = generator.randrange(len(before) + 1, len(paths))
+            left = len(paths) - len(before)
+            kill_at = len(before) + generator.randrange(-(-left // 3))
             assert process.stdin is not None
             process.stdin.write("".join(f"{path}\n" for path in paths))
             process.stdin.close()
-            # At a moment that many rows were there, and a little later.
+            # At a moment that so many rows were there, and a little later.
             while len(rows(output)) < kill_at and process.poll() is None:
                 time.sleep(0.002)
             time.sleep(generator.random() * 0.02)
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            done += process.wait() == -signal.SIGKILL
             now = rows(output)
             num_lost += sum(row not in now for row in before)
             num_doubled += len(now) - len({row["path"] for row in now})
             before = now
-            done += 1
         run(output, paths)
         num_lost += output.read_bytes() != expected
     answer = f"{done} kills: {num_lost} lost, {num_doubled} doubled"

@@ -45,6 +45,7 @@ def text(modules: dict[str, Any]) -> str:
     """Return the page on the results of modules."""
     rows = [(name, figure) for name, module in modules.items() for figure in module["figures"]]
     parts = [HEAD]
+    assert {figure["bar"] for _, figure in rows} <= {*BARS, "-"}
     for bar, question in {**BARS, "-": "Modules that broke off."}.items():
         of_bar = [(name, figure) for name, figure in rows if figure["bar"] == bar]
         if of_bar:
@@ -61,7 +62,7 @@ def _section(bar: str, question: str, rows: list[tuple[str, dict[str, Any]]]) ->
         mark = "holds" if figure["holds"] else "**does not hold**"
         cells = (figure["question"], figure["answer"], mark)
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
-    notes = [f"* {f['question']}: {f['note']}" for _, f in rows if f["note"]]
+    notes = [f"* {f['question']}: {' '.join(f['note'].split())}" for _, f in rows if f["note"]]
     return "\n".join([*lines, *([""] if notes else []), *notes, ""])
 
 
@@ -80,4 +81,4 @@ def _machines(modules: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return text.replace("|", "\\|").replace("\n", " ")
