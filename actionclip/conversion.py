@@ -23,7 +23,7 @@ from actionclip.models.clip import CLIPConfig
 from actionclip.models.layers import Activation
 from actionclip.models.xclip import XCLIPConfig, is_added
 from actionclip.prompts import check_class_names, fill_templates
-from actionclip.tokenizer import token_ids
+from actionclip.tokenizer import VOCAB_SIZE, token_ids
 
 State = dict[str, Tensor]
 
@@ -66,9 +66,10 @@ XCLIP_PIXELS = {
     for name in ("pixel_mean", "pixel_std", "interpolation", "sampling")
 }
 
-# Attention heads are 64 channels wide, but for the largest open_clip image encoders
-# (ViT-H, ViT-g, ViT-bigG), whose head width is in their configuration and not in any shape.
-OPEN_CLIP_HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}
+# Attention heads are 64 channels wide, but for open_clip's image encoder of 1280 channels, ViT-H.
+# Its larger ones, ViT-g and ViT-bigG, have MLPs of another ratio and cannot be built here.
+_HEAD_WIDTH = 64
+_VIT_H_WIDTH, _VIT_H_HEAD_WIDTH = 1280, 80
 
 
 @dataclass
@@ -204,7 +205,8 @@ def infer_clip_config(checkpoint: Checkpoint, activation: Activation) -> CLIPCon
         width, _, patch, _ = state["visual.conv1.weight"].shape
         resolution = patch * _grid(state["visual.positional_embedding"])
         vision_layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
-        heads = _heads("visual.conv1.weight", width)
+        head_width = _VIT_H_HEAD_WIDTH if width == _VIT_H_WIDTH else _HEAD_WIDTH
+        heads = _heads("visual.conv1.weight", width, head_width)
     else:
         width, patch = len(state["visual.layer1.0.conv1.weight"]), None
         resolution = 32 * _grid(state["visual.attnpool.positional_embedding"])
@@ -270,18 +272,44 @@ def check_config(config: VideoTextConfig) -> None:
     if min(config.pixel_std) <= 0:
         raise ValueError(f"pixel_std is {config.pixel_std}; all three must be above 0")
     fill_templates(config.templates, ())
+    if config.vocabulary is not None and clip.vocab_size != VOCAB_SIZE:
+        raise ValueError(f"vocab_size is {clip.vocab_size}; with a vocabulary it is {VOCAB_SIZE}")
     if config.class_names is not None:
         check_class_names(config.class_names)
 
 
-def check_size(config: CLIPConfig, state: State) -> None:
+def check_size(config: VideoTextConfig, clip: State, head: State | None) -> None:
     """Refuse a configuration of far more weights than a file has, before they are allocated.
 
+    Args:
+        config: one that passed `check_config`.
+        clip: the file's tensors of both towers.
+        head: the file's tensors beside them; None if a head is drawn.
+
     Raises:
-        ValueError: if the blocks and positions of both towers have more elements than `state`.
+        WeightsError: if the blocks and positions of both towers have more elements than `clip`,
+            or the blocks of X-CLIP's head more than `head`.
     """
+    _check_count("CLIP", _towers_size(config.clip), clip)
+    if isinstance(config, XCLIPConfig) and head is not None:
+        layers = config.integration_layers + config.prompt_layers
+        _check_count("X-CLIP's head", 12 * layers * config.clip.embed_dim**2, head)
+
+
+def _check_count(part: str, needed: int, state: State) -> None:
+    held = sum(tensor.numel() for tensor in state.values())
+    if needed > held:
+        raise WeightsError(
+            f"it tells of at least {needed} weights of {part}, where the file has {held}"
+        )
+
+
+def _towers_size(config: CLIPConfig) -> int:
+    """Return somewhat less than the weights of both towers."""
     text, vision = config.text_width, config.vision_width
-    needed = text * (12 * config.text_layers * text + config.context_length)
+    # A temporal head, which the file may lack, is as wide as the embeddings.
+    needed = config.embed_dim**2
+    needed += text * (12 * config.text_layers * text + config.context_length)
     if isinstance(config.vision_layers, tuple):
         # Three convolutions of a bottleneck, in a stage of twice the width of the one before it.
         needed += sum(17 * n * (vision << i) ** 2 for i, n in enumerate(config.vision_layers))
@@ -289,9 +317,7 @@ def check_size(config: CLIPConfig, state: State) -> None:
         assert config.vision_patch_size is not None
         grid = config.image_resolution // config.vision_patch_size
         needed += vision * (12 * config.vision_layers * vision + grid**2)
-    held = sum(tensor.numel() for tensor in state.values())
-    if needed > held:
-        raise ValueError(f"it tells of at least {needed} weights, where the file has {held}")
+    return needed
 
 
 def _is_a(value: object, kind: Any) -> bool:
@@ -351,12 +377,14 @@ def _from_own(state: State, stored: Mapping[str, Any]) -> Checkpoint:
         raise WeightsError(f"the configuration in the file is a {type(config).__name__}, not JSON")
     parsed = config_from_json(config)
     clip = _below(state, "clip.")
+    is_xclip = isinstance(parsed, XCLIPConfig)
+    head = _beside_towers(state) if is_xclip else _below(state, "temporal.")
+    check_size(parsed, clip, head)
     if parsed.vocabulary is not None:
         _restore_rows(clip, parsed)
-    is_xclip = isinstance(parsed, XCLIPConfig)
     return Checkpoint(
         clip=clip,
-        head=_beside_towers(state) if is_xclip else _below(state, "temporal."),
+        head=head,
         linear=_below(state, "linear."),
         temporal=parsed.temporal,
         num_frames=parsed.num_frames,
@@ -385,7 +413,7 @@ def _restore_rows(clip: State, config: VideoTextConfig) -> None:
         return
     if stored.ndim != 2 or stored.shape[1] != config.clip.text_width:
         raise WeightsError(f"{key} has shape {tuple(stored.shape)}, its model another width")
-    if len(stored) != len(rows) or rows[-1] >= config.clip.vocab_size:
+    if len(stored) != len(rows):
         raise WeightsError(
             f"{key} has {len(stored)} rows, but the vocabulary stored with it {len(rows)} tokens"
         )
@@ -659,8 +687,8 @@ def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({match[1] for key in state if (match := re.match(pattern, key))})
 
 
-def _heads(key: str, width: int) -> int:
-    heads, rest = divmod(width, OPEN_CLIP_HEAD_WIDTHS.get(width, 64))
+def _heads(key: str, width: int, head_width: int = _HEAD_WIDTH) -> int:
+    heads, rest = divmod(width, head_width)
     if rest or not heads:
         raise WeightsError(f"{key} has width {width}, which does not split into heads of 64")
     return heads

@@ -9,6 +9,7 @@ What the tensors mean, and for which model, is decided in `weights`.
 
 import collections
 import contextlib
+import io
 import json
 import math
 import mmap
@@ -18,7 +19,7 @@ import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from typing import Any, BinaryIO, Literal, cast
@@ -66,8 +67,17 @@ _FOLDER_FILES = (
 )
 
 
-# Texts of a pickle that name a codec from bytes to more bytes, in any spelling Python knows.
-_GROWING_CODECS = re.compile(rb"(?is)(X..\0\0|U.)[^a-z0-9]*(hex|base[^a-z0-9]*64|uu|quo)")
+# Python's codecs from bytes to more bytes, under all their names but for what separates words.
+_GROWING_CODECS = {
+    *("hex", "hexcodec", "base64", "base64codec", "uu", "uucodec"),
+    *("quopri", "quopricodec", "quotedprintable"),
+    "rot13",  # from text to text, so that it can spell the others
+}
+
+
+# The last records of a zip file without a comment: that of large ones (its mark and where the
+# directory starts), the locator of it (its mark and where it is) and that of all (likewise).
+_ZIP_ENDS = struct.Struct("<4s44xQ 4s4xQ4x 4s12xI2x")
 
 
 @dataclass(frozen=True)
@@ -246,7 +256,9 @@ def _is_torchscript(path: str, file: BufferedReader) -> bool:
         with zipfile.ZipFile(file) as archive:
             if any(name.endswith("/constants.pkl") for name in archive.namelist()):
                 return True
-            _check_modest(path, archive, os.fstat(file.fileno()).st_size)
+            size = os.fstat(file.fileno()).st_size
+            _check_directory(path, archive, file, size)
+            _check_modest(path, archive, size)
             return False
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, struct.error) as error:
         reason = str(error).lower()
@@ -255,17 +267,37 @@ def _is_torchscript(path: str, file: BufferedReader) -> bool:
         ) from error
 
 
+def _check_directory(
+    path: str, archive: zipfile.ZipFile, file: BufferedReader, file_size: int
+) -> None:
+    """Refuse a zip file with two directories: Python searches for one, `torch.load` does not."""
+    place = max(file_size - _ZIP_ENDS.size, 0)
+    file.seek(place)
+    end = file.read().rjust(_ZIP_ENDS.size)
+    large, large_start, locator, large_place, small, start = _ZIP_ENDS.unpack(end)
+    if locator == b"PK\6\7":
+        start = large_start if (large, large_place) == (b"PK\6\6", place) else -1
+    if small != b"PK\5\6" or start != archive.start_dir:
+        raise WeightsError(f"{path}: damaged torch.save file, it does not end as a zip file does")
+
+
 def _check_modest(path: str, archive: zipfile.ZipFile, file_size: int) -> None:
     """Refuse a zip file of `torch.save` from which `torch.load` would make far more memory."""
     entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
+    if any(
+        entry.compress_type != zipfile.ZIP_STORED
+        or entry.compress_size != entry.file_size
+        or entry.flag_bits & 1
+        for entry in entries
+    ):
         raise WeightsError(
             f"{path}: its entries are compressed or encrypted, which torch.save never does"
         )
     if sum(entry.file_size for entry in entries) > file_size:
         raise WeightsError(f"{path}: damaged torch.save file, it claims more bytes than it has")
     for entry in entries:
-        if entry.filename.endswith("data.pkl"):
+        # `torch.load` finds it in any case, and by the name before Python makes that readable.
+        if entry.orig_filename.lower().endswith("data.pkl"):
             _check_names(path, archive.read(entry))
 
 
@@ -277,7 +309,7 @@ def _check_names(path: str, description: bytes) -> None:
     needed = None
     if b"\nbytearray\n" in description:
         needed = "bytearray"
-    elif b"\nencode\n" in description and _GROWING_CODECS.search(description):
+    elif b"\nencode\n" in description and not _GROWING_CODECS.isdisjoint(_codecs(description)):
         needed = "encode with another codec than latin1"
     if needed:
         raise WeightsError(
@@ -286,10 +318,22 @@ def _check_names(path: str, description: bytes) -> None:
         )
 
 
+def _codecs(description: bytes) -> Iterator[str]:
+    """Yield each text in pickles that follow one another, spelled as if it named a codec."""
+    pickles = io.BytesIO(description)
+    with contextlib.suppress(ValueError):  # there `torch.load` stops, too
+        while pickles.tell() < len(description):
+            for _, text, _ in pickletools.genops(pickles):
+                if isinstance(text, str):
+                    # Python looks for a codec by its ASCII letters and digits.
+                    yield re.sub("[^A-Za-z0-9]", "", text).lower()
+
+
 def _old_description(file: BinaryIO) -> bytes:
     """Return the five pickles at the start of a file of torch before 1.6; storages follow."""
     file.seek(0)
-    with contextlib.suppress(ValueError):  # `torch.load` says it better
+    # `torch.load` says it better. MemoryError: of a text of more bytes than there are.
+    with contextlib.suppress(ValueError, MemoryError):
         for _ in range(5):
             for _ in pickletools.genops(file):
                 pass

@@ -345,9 +345,11 @@ def _configure(
         if config is None:
             clip = infer_clip_config(checkpoint, told or activation or "quick_gelu")
             kind = XCLIPConfig if temporal == "xclip" else ActionCLIPConfig
-            config = kind(clip, **checkpoint.settings)
+            # None and 0 frames are told of later; here a table may claim billions of none.
+            num_frames = checkpoint.num_frames or VideoTextConfig.num_frames
+            config = kind(clip, num_frames=num_frames, **checkpoint.settings)
             check_config(config)
-        check_size(config.clip, checkpoint.clip)
+            check_size(config, checkpoint.clip, checkpoint.head if checkpoint.temporal else None)
     except (ValueError, WeightsError) as error:
         raise WeightsError(f"{name}: {error}") from error
     return config
@@ -392,6 +394,8 @@ def _build(config: VideoTextConfig, name: str) -> VideoTextModel:
         return ActionCLIP(config)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
+    except RuntimeError as error:  # of PyTorch's allocator
+        raise WeightsError(f"{name}: its model cannot be built: {error}") from error
 
 
 def _redraw_image_encoder(checkpoint: Checkpoint, config: VideoTextConfig) -> None:

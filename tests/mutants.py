@@ -2,9 +2,11 @@
 
 The copies are made in two ways: bytes are changed, also inside of a zip file whose checksums are
 made right again; or what the file says is changed (keys, shapes, types, settings) and written
-properly. `fuzz` reads each as a user would and notes all that must never happen.
+properly. `fuzz` reads each as a user would and notes all that must never happen. `dangers` looks
+for it in the text of a module.
 """
 
+import ast
 import copy
 import dataclasses
 import functools
@@ -207,7 +209,7 @@ def hostile_tensor(old: Tensor, rng: random.Random, plain: bool) -> Any:
     ]
     if not plain:
         changes += [
-            lambda: numbers.flatten()[:1].expand(*[10**4] * max(numbers.ndim, 2)),
+            lambda: numbers.new_ones(1).expand(*[10**4] * max(numbers.ndim, 2)),
             lambda: torch.empty(2**20, 2**20, device="meta"),
             lambda: numbers.float().to_sparse(),
             lambda: torch.sparse_coo_tensor([[0], [0]], [1.0], (10**5, 10**5)),
@@ -735,3 +737,66 @@ def fuzz(name: str, count: int, folder: Path, seed: int) -> Outcome:
 
 def _bytes_changed(_: str, content: bytes, rng: random.Random) -> bytes:
     return bytes_changed(content, rng)
+
+
+# --- what the package itself may call ------------------------------------------------
+
+# Whatever could run what a file says. Processes that the package starts itself exchange pickles
+# by `multiprocessing`; no file is a part of them.
+DANGEROUS = ("pickle.", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml")
+DANGEROUS += ("subprocess", "ctypes", "runpy", "code.", "codeop", "pty", "importlib.import_module")
+DANGEROUS += (
+    "importlib.util",
+    "importlib.machinery",
+    "os.system",
+    "os.popen",
+    "os.exec",
+    "os.fork",
+)
+DANGEROUS += ("os.spawn", "os.posix_spawn", "torch.jit", "torch.hub", "torch.package", "torch._C")
+DANGEROUS += ("torch.classes", "np.load", "types.FunctionType", "types.CodeType")
+ALLOWED = {
+    # An exception, to catch it.
+    "pickle.UnpicklingError": {"tensor_files"},
+    # Of names that stand in the package: its modules, its commands, its dependencies.
+    "importlib.import_module": {"__init__", "cli.console", "cli.env"},
+}
+BUILTINS = {"eval", "exec", "compile", "__import__"}
+RISKY_MODULES = {name.partition(".")[0] for name in DANGEROUS}
+
+
+def _names(node: ast.AST) -> list[str]:
+    """Return the dotted names that a node of a module's text uses."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [ast.unparse(node).partition("(")[0]] if isinstance(node, ast.Attribute) else []
+
+
+def dangers(module: str, tree: ast.Module) -> list[str]:
+    """Return what in a module of the package, parsed, could run what a file says."""
+    found = []
+    for node in ast.walk(tree):
+        names = _names(node)
+        found += [n for n in names if n.startswith(DANGEROUS) and module not in ALLOWED.get(n, ())]
+        if isinstance(node, ast.Import):  # under another name, nothing here would know it
+            aliased = [alias.name for alias in node.names if alias.asname]
+            found += [f"{name} under another name" for name in aliased if name in RISKY_MODULES]
+        if isinstance(node, ast.Call):
+            found += _dangers_of_call(module, node)
+    return found
+
+
+def _dangers_of_call(module: str, node: ast.Call) -> list[str]:
+    called = ast.unparse(node.func)
+    options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    found = [f"{called}()"] if called in BUILTINS else []
+    for name in ("shell", "allow_pickle"):
+        if options.get(name, "False") != "False":
+            found.append(f"{called}({name}={options[name]})")
+    # There and nowhere else, so that there is no way around it.
+    weights_only = options.get("weights_only")
+    if called == "torch.load" and (module, weights_only) != ("tensor_files", "True"):
+        found.append(f"torch.load({f'weights_only={weights_only}' if weights_only else ''})")
+    return found

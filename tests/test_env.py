@@ -4,6 +4,7 @@ import platform
 import sys
 
 import av
+import pytest
 import torch
 
 from actionclip import __version__
@@ -40,6 +41,24 @@ def test_settings_are_shown_without_passwords(capsys, monkeypatch):
     assert "ACTIONCLIP_MIRROR=https://***@mirror.example/path" in variables
     assert "ACTIONCLIP_HOME=/cache\\x1b[2J" in variables
     assert not any("hidden" in value for value in variables)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("me:secret@mirror/x", "***@mirror/x"),
+        ("me:se/cret@mirror/x", "***@mirror/x"),
+        ("https://mirror/?token=secret", "https://mirror/?***"),
+        ("https://mirror/x#secret", "https://mirror/x?***"),
+        ("https://me:se?cret@mirror/x", "https://***@mirror/x"),
+        ("me:se\ncret@mirror/?a\nsecret", "***@mirror/?***"),
+        ("https://mirror/x", "https://mirror/x"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ACTIONCLIP_MIRROR", "HF_ENDPOINT"])
+def test_secrets_of_other_urls(capsys, monkeypatch, name, value, shown):
+    monkeypatch.setenv(name, value)
+    assert f"{name}={shown}" in report(capsys)["variable"]
 
 
 def test_says_what_is_broken(capsys, monkeypatch):

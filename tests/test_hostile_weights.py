@@ -1,6 +1,7 @@
 """Weight files of every format that are damaged or mean harm: read as data, or refused."""
 
 import ast
+import dataclasses
 import json
 import struct
 import zipfile
@@ -15,7 +16,12 @@ import torch
 from test_layout import EVERY, parse
 
 import actionclip
-from actionclip.tensor_files import read_file
+from actionclip import published, weights
+from actionclip.conversion import Checkpoint, check_size, infer_clip_config
+from actionclip.models.actionclip import ActionCLIPConfig
+from actionclip.models.base import VideoTextConfig
+from actionclip.models.clip import CLIPConfig
+from actionclip.tensor_files import read_file, write_safetensors
 
 # --- mutants of good files -----------------------------------------------------------
 
@@ -98,9 +104,13 @@ def own_settings(folder: Path, change: dict[str, Any]) -> Path:
         ({"num_frames": 2.0}, r"num_frames is 2\.0, not int"),
         ({"clip.vision_layers": 10**6}, "vision_layers is 1000000, possible are 1 to 256"),
         ({"clip.text_layers": -1}, "text_layers is -1, possible"),
-        ({"clip.text_layers": 200}, "it tells of at least .* weights, where the file has"),
-        ({"clip.vision_width": 8192}, "it tells of at least .* weights, where the file has"),
-        ({"clip.image_resolution": 8000}, "it tells of at least .* weights, where the file has"),
+        ({"clip.text_layers": 200}, "it tells of at least .* weights of CLIP, where the file has"),
+        ({"clip.vision_width": 8192}, "at least .* weights of CLIP, where the file has"),
+        ({"clip.image_resolution": 8000}, "at least .* weights of CLIP, where the file has"),
+        ({"clip.embed_dim": 8192}, "at least .* weights of CLIP, where the file has"),
+        ({"integration_layers": 256}, "at least .* weights of X-CLIP's head, where the file has"),
+        ({"prompt_layers": 256}, "at least .* weights of X-CLIP's head, where the file has"),
+        ({"vocabulary": ["red"]}, "vocab_size is 40; with a vocabulary it is 49408"),
         ({"clip.embed_dim": 2**40}, "embed_dim is 1099511627776, possible"),
         ({"clip.vision_patch_size": 0}, "vision_patch_size is 0, possible"),
         ({"clip.vision_patch_size": None}, "vision_layers is 1: one number, or four of a ResNet"),
@@ -165,6 +175,55 @@ def test_heads_of_no_width_in_an_open_clip_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_embeddings_far_wider_than_the_towers(tmp_path: Path) -> None:
+    """A head that is drawn for them would have hundreds of millions of weights."""
+    path = tmp_path / "bad.pt"
+    wide = {"text_projection": torch.zeros(64, 2048), "visual.proj": torch.zeros(64, 2048)}
+    torch.save({**mutants.clip_state(), **wide}, path)
+    with pytest.raises(actionclip.WeightsError, match=r"weights of CLIP, where the file has"):
+        actionclip.load(path, temporal="transf", device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_blocks_of_a_head_that_are_not_there(tmp_path: Path) -> None:
+    state = mutants.xclip_state()
+    state |= {f"mit.resblocks.{i}.x": torch.zeros(1) for i in range(200)}
+    torch.save({"model": state}, tmp_path / "bad.pt")
+    with pytest.raises(actionclip.WeightsError, match=r"weights of X-CLIP's head, where"):
+        actionclip.load(tmp_path / "bad.pt", device="cpu")
+
+
+def test_words_that_are_not_there_are_no_weights_of_the_file(tmp_path: Path) -> None:
+    """The rows of other words are zeros, made here."""
+    mutants.write_own_safetensors(tmp_path)
+    read = read_file(tmp_path / "model.safetensors")
+    config = json.loads(read.metadata["actionclip"])
+    config["clip"]["text_layers"] = 128  # of 12 * 16**2 weights each; 49408 * 16 are made
+    metadata = {**read.metadata, "actionclip": json.dumps(config)}
+    write_safetensors(tmp_path / "bad.safetensors", read.content, metadata)
+    with pytest.raises(actionclip.WeightsError, match=r"weights of CLIP, where the file has"):
+        actionclip.load(tmp_path / "bad.safetensors", device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_table_of_positions_of_frames_without_numbers(tmp_path: Path) -> None:
+    positions = {"mit.positional_embedding": torch.empty(1, 2**40, 0)}
+    torch.save({"model": {**mutants.xclip_state(), **positions}}, tmp_path / "bad.pt")
+    with pytest.raises(actionclip.WeightsError, match=r"num_frames is 1099511627776, possible"):
+        actionclip.load(tmp_path / "bad.pt", device="cpu")
+
+
+def test_a_model_that_memory_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: object) -> None:
+        torch.empty(2**60)
+
+    mutants.write_own_pt(tmp_path)
+    monkeypatch.setattr(weights, "XCLIP", refuse)
+    with pytest.raises(actionclip.WeightsError, match=r"model\.pt: its model cannot be built: "):
+        actionclip.load(tmp_path / "model.pt", device="cpu")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_table_of_positions_without_rows(tmp_path: Path) -> None:
     path = tmp_path / "bad.pt"
     torch.save({**mutants.clip_state(), "visual.positional_embedding": torch.zeros(0, 64)}, path)
@@ -172,12 +231,70 @@ def test_a_table_of_positions_without_rows(tmp_path: Path) -> None:
         actionclip.load(path, device="cpu")
 
 
+# ViT-bigG of open_clip; here with MLPs as all others have them.
+BIG_G = CLIPConfig(
+    embed_dim=1280,
+    image_resolution=224,
+    vision_layers=48,
+    vision_width=1664,
+    vision_patch_size=14,
+    vision_heads=26,
+    context_length=77,
+    vocab_size=49408,
+    text_width=1280,
+    text_heads=20,
+    text_layers=32,
+)
+
+
+def on_no_device(config: VideoTextConfig) -> dict[str, torch.Tensor]:
+    with weights._Unfilled(), torch.device("meta"):
+        return weights._build(config, "model").state_dict()
+
+
+@pytest.mark.parametrize(
+    "config",
+    {model.config: 0 for model in published.MODELS.values()} | {ActionCLIPConfig(BIG_G): 0},
+    ids=lambda config: f"{config.temporal} {config.clip.vision_layers} {config.clip.vision_width}",
+)
+def test_no_published_model_is_too_large_for_its_file(config: VideoTextConfig) -> None:
+    state = on_no_device(config)
+    clip = {key.removeprefix("clip."): state[key] for key in state if key.startswith("clip.")}
+    head = {key: state[key] for key in state if not key.startswith("clip.")}
+    check_size(config, clip, head)
+    if config.temporal == "xclip":
+        some = {key: head[key] for key in head if "decoder.0" not in key}
+        with pytest.raises(actionclip.WeightsError, match="weights of X-CLIP's head, where"):
+            check_size(config, clip, some)
+
+
+@pytest.mark.parametrize(
+    ("vision_width", "text_width", "heads"),
+    [(768, 512, (12, 8)), (1280, 1024, (16, 16)), (1664, 1280, (26, 20)), (1280, 1280, (16, 20))],
+)
+def test_heads_of_a_file_that_does_not_tell_them(
+    vision_width: int, text_width: int, heads: tuple[int, int]
+) -> None:
+    clip = dataclasses.replace(
+        mutants.TOWERS, vision_width=vision_width, text_width=text_width, text_layers=1
+    )
+    state = on_no_device(ActionCLIPConfig(clip))
+    towers = {key.removeprefix("clip."): value for key, value in state.items()}
+    found = infer_clip_config(Checkpoint(towers), "gelu")
+    assert (found.vision_heads, found.text_heads) == heads
+
+
 # --- small files that would fill the memory ------------------------------------------
 
 
-def write_zip(path: Path, description: bytes, compression: int = zipfile.ZIP_STORED) -> Path:
+def write_zip(
+    path: Path,
+    description: bytes,
+    compression: int = zipfile.ZIP_STORED,
+    name: str = "a/data.pkl",
+) -> Path:
     with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr("a/data.pkl", description)
+        archive.writestr(name, description)
         archive.writestr("a/version", b"3\n")
     return path
 
@@ -204,7 +321,12 @@ LARGE = b"\x80\x02}" + text(b"a") + b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x8
         (LARGE, "needs bytearray, by which a small file can fill the memory"),
         (doubled(b"hex"), "needs encode with another codec than latin1"),
         (doubled(b"Base-64"), "needs encode with another codec than latin1"),
+        (doubled(b"_" * 70_000 + b"hex"), "needs encode with another codec than latin1"),
+        (doubled(b"h\xe2\x84\xaaex"), "needs encode with another codec than latin1"),
+        # What makes the name of one.
+        (doubled(b"rot_13"), "needs encode with another codec than latin1"),
     ],
+    ids=["bytearray", "hex", "base64", "long", "kelvin", "rot13"],
 )
 @pytest.mark.parametrize("as_zip", [True, False])
 def test_short_pickles_that_grow(
@@ -218,6 +340,54 @@ def test_short_pickles_that_grow(
         object_ = head.index(b"\x80\x02}q\x00.")
         path.write_bytes(head[:object_] + description + head[object_ + 6 :])
     with pytest.raises(actionclip.WeightsError, match=rf"bad\.pt: {message}.*save the tensors"):
+        read_file(path)
+
+
+def test_a_description_is_found_in_any_case(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "bad.pt", LARGE, name="a/DATA.PKL")
+    with pytest.raises(actionclip.WeightsError, match=r"bad\.pt: needs bytearray"):
+        read_file(path)
+
+
+def test_a_second_directory_is_refused(tmp_path: Path) -> None:
+    """Python takes what is right before the end, `torch.load` what the end points to."""
+    small = b"\x80\x02}" + text(b"a") + b"cbuiltins\nbytearray\nK\x01\x85Rs."
+    bad = write_zip(tmp_path / "bad.pt", small).read_bytes()
+    good = write_zip(tmp_path / "good.pt", b"\x80\x02}" + text(b"a") + b"Ns.").read_bytes()
+    start, end = bad.index(b"PK\1\2"), bad.index(b"PK\5\6")
+    directory = bytearray(good[good.index(b"PK\1\2") : good.index(b"PK\5\6")])
+    before = good[: good.index(b"PK\1\2")]
+    # Python takes it that all offsets are too small by what lies before a whole zip file.
+    shift = len(before) + len(directory)
+    at = 0
+    while (at := directory.find(b"PK\1\2", at)) >= 0:
+        (offset,) = struct.unpack_from("<I", directory, at + 42)
+        struct.pack_into("<I", directory, at + 42, (offset + end - shift) % 2**32)
+        at += 1
+    path = tmp_path / "bad.pt"
+    path.write_bytes(bad[:end] + before + directory + bad[end:])
+    assert start == struct.unpack_from("<I", bad, end + 16)[0]
+    assert b"bytearray" not in zipfile.ZipFile(path).read("a/data.pkl")
+    assert torch.load(path, weights_only=True) == {"a": bytearray(1)}
+    with pytest.raises(actionclip.WeightsError, match="does not end as a zip file does"):
+        read_file(path)
+
+
+def test_an_entry_longer_than_its_bytes_is_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "bad.pt", b"\x80\x02}" + text(b"a") + b"Ns.")
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\1\2")
+    (size,) = struct.unpack_from("<I", content, directory + 20)
+    struct.pack_into("<I", content, directory + 20, size - 1)
+    path.write_bytes(content)
+    with pytest.raises(actionclip.WeightsError, match="are compressed or encrypted"):
+        read_file(path)
+
+
+def test_a_text_of_more_bytes_than_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "bad.pt"
+    path.write_bytes(b"\x80\x02\x8e" + struct.pack("<Q", 2**60))
+    with pytest.raises(actionclip.WeightsError, match=r"bad\.pt: damaged torch\.save file"):
         read_file(path)
 
 
@@ -244,8 +414,9 @@ def test_shared_tensors_are_counted_once(tmp_path: Path) -> None:
 def test_bytes_in_a_pickle_are_fine(tmp_path: Path) -> None:
     for as_zip in (True, False):
         path = tmp_path / "good.pt"
-        path.write_bytes(mutants.saved({"a": b"\0\xffa hex", "vit_base_64": 1}, as_zip=as_zip))
-        assert read_file(path).content == {"a": b"\0\xffa hex", "vit_base_64": 1}
+        content = {"a": b"\0\xffa hex", "vit_base_64": 1, "quote": 1, "uuid": 1, "hexagon": 1}
+        path.write_bytes(mutants.saved(content, as_zip=as_zip))
+        assert read_file(path).content == content
 
 
 def test_compressed_entries_are_refused(tmp_path: Path) -> None:
@@ -292,58 +463,34 @@ def test_tensors_that_are_not_in_the_file(tmp_path: Path, make: Callable[[], tor
 
 # --- what the package itself may call ------------------------------------------------
 
-# Whatever could run what a file says. Processes that the package starts itself exchange pickles
-# by `multiprocessing`; no file is a part of them.
-DANGEROUS = ("pickle.", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml")
-DANGEROUS += ("subprocess", "ctypes", "runpy", "code.", "codeop", "pty", "importlib.import_module")
-DANGEROUS += (
-    "importlib.util",
-    "importlib.machinery",
-    "os.system",
-    "os.popen",
-    "os.exec",
-    "os.fork",
-)
-DANGEROUS += ("os.spawn", "os.posix_spawn", "torch.jit", "torch.hub", "torch.package", "torch._C")
-DANGEROUS += ("torch.classes", "np.load", "types.FunctionType", "types.CodeType")
-ALLOWED = {
-    # An exception, to catch it.
-    "pickle.UnpicklingError": {"tensor_files"},
-    # Of names that stand in the package: its modules, its commands, its dependencies.
-    "importlib.import_module": {"__init__", "cli.console", "cli.env"},
-}
-BUILTINS = {"eval", "exec", "compile", "__import__"}
-RISKY_MODULES = {name.partition(".")[0] for name in DANGEROUS}
-
-
-def names(node: ast.AST) -> list[str]:
-    """Return the dotted names that a node of a module's text uses."""
-    if isinstance(node, ast.Import):
-        # Under another name, nothing below would know it.
-        for alias in node.names:
-            assert alias.asname is None or alias.name not in RISKY_MODULES
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom):
-        return [f"{node.module}.{alias.name}" for alias in node.names]
-    return [ast.unparse(node).partition("(")[0]] if isinstance(node, ast.Attribute) else []
-
 
 @pytest.mark.parametrize("module", EVERY)
 def test_nothing_runs_what_a_file_says(module: str) -> None:
-    for node in ast.walk(parse(module)):
-        for name in names(node):
-            assert not name.startswith(DANGEROUS) or module in ALLOWED.get(name, ()), name
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in BUILTINS
-            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-            assert options.get("shell", "False") == "False", called
-            assert options.get("allow_pickle", "False") == "False", called
-            # Here and nowhere else, so that there is no way around it.
-            assert called != "torch.load" or (module, options["weights_only"]) == (
-                "tensor_files",
-                "True",
-            )
+    assert mutants.dangers(module, parse(module)) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "danger"),
+    [
+        ("import pickle as p", "pickle under another name"),
+        ("from torch.jit import load", "torch.jit.load"),
+        ("import torch\ntorch.jit.load('a')", "torch.jit.load"),
+        ("os.system('a')", "os.system"),
+        ("pickle.loads(b'')", "pickle.loads"),
+        ("eval('1')", "eval()"),
+        ("run('a', shell=True)", "run(shell=True)"),
+        ("numpy.load('a', allow_pickle=some)", "numpy.load(allow_pickle=some)"),
+        ("torch.load('a', weights_only=True)", "torch.load(weights_only=True)"),
+    ],
+)
+def test_what_could_run_a_file_is_seen(text: str, danger: str) -> None:
+    assert danger in mutants.dangers("classifier", ast.parse(text))
+
+
+def test_one_module_reads_pickles_and_only_in_the_safe_way() -> None:
+    safe, unsafe = map(ast.parse, ("torch.load('a', weights_only=True)", "torch.load('a')"))
+    assert mutants.dangers("tensor_files", safe) == []
+    assert mutants.dangers("tensor_files", unsafe) == ["torch.load()"]
 
 
 # --- without a network ---------------------------------------------------------------

@@ -73,7 +73,13 @@ def hardware() -> Iterator[tuple[str, str]]:
 
 
 def settings(environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the environment variables that change what happens, without passwords in them."""
+    """Yield the environment variables that change what happens, without secrets of URLs."""
     for name in sorted(environ):
         if VARIABLES.fullmatch(name):
-            yield "variable", f"{name}={re.sub('(?<=//).*@', '***@', environ[name])}"
+            yield "variable", f"{name}={_without_secrets(environ[name])}"
+
+
+def _without_secrets(value: str) -> str:
+    """Hide what stands before the host of a URL, also of one without a scheme, and its query."""
+    without_name = re.sub(r"(?s)^([\w+.-]+://)?.*@", r"\1***@", value)
+    return re.sub("(?s)[?#].*", "?***", without_name)

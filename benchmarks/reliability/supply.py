@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,15 +21,23 @@ TESTS = "tokenizer labels prompts annotations fuzz_text video classifier zerosho
 
 
 def measure(folder: Path, small: bool) -> Iterator[Figure]:
-    wheels = [_build(folder / name, "wheel") for name in ("first", "second")]
+    wheels = [package_files.build(folder / name, "wheel") for name in ("first", "second")]
     digests = [hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels]
     question = "two builds of the wheel have one sha256"
     yield Figure("B10", question, digests[0][:16], digests[0] == digests[1])
     yield contents(wheels[0])
-    yield source_contents(_build(folder / "sdist", "sdist"))
+    yield source_contents(package_files.build(folder / "sdist", "sdist"))
     yield installed(wheels[0], folder / "installed")
-    requirements = lower_bounds()
-    yield Figure("B10", "run-time dependencies, at most 6", str(len(requirements)), True)
+    listed = package_files.dependencies()
+    requirements = {name: bound for name, bound in listed.items() if bound is not None}
+    odd = [name for name in listed if name not in requirements]
+    yield Figure(
+        "B10",
+        "run-time dependencies, at most 6, each with a lower bound alone",
+        str(len(listed)),
+        len(listed) <= 6 and not odd,
+        f"not so: {', '.join(odd)}" if odd else "",
+    )
     lowest = [f"{name}=={version}" for name, version in requirements.items()]
     newest = [f"{name}=={_public(importlib.metadata.version(name))}" for name in requirements]
     yield audit("lowest", lowest, folder)
@@ -38,15 +45,8 @@ def measure(folder: Path, small: bool) -> Iterator[Figure]:
     yield tests_on_lowest(requirements, folder / "lowest", "labels" if small else TESTS)
 
 
-def _build(folder: Path, kind: str) -> Path:
-    folder.mkdir()
-    return package_files.build(folder, kind)
-
-
 def contents(wheel: Path) -> Figure:
-    sizes = package_files.sizes(wheel)
-    metadata = {name for name in sizes if ".dist-info/" in name}
-    odd = (set(sizes) - metadata) ^ package_files.package_files()
+    sizes, odd = package_files.sizes(wheel), package_files.unexpected_in_wheel(wheel)
     model = sizes.get("actionclip/tiny.safetensors", 0)
     total = sum(sizes.values())
     return Figure(
@@ -60,22 +60,11 @@ def contents(wheel: Path) -> Figure:
 
 
 def source_contents(sdist: Path) -> Figure:
-    """Compare with the checkout; the times in the archive are those of the build."""
-    around = {"LICENSE", "NOTICE", "README.md", "MANIFEST.in", "PKG-INFO", "pyproject.toml"}
-    files = {n for n in package_files.sizes(sdist) if not n.startswith("actionclip.egg-info/")}
-    odd = files ^ (package_files.package_files() | around | {"setup.cfg"})
-    with tarfile.open(sdist) as archive:
-        for member in archive.getmembers():
-            name = member.name.partition("/")[2]
-            original = package_files.CHECKOUT / name
-            if name.startswith("actionclip/") and member.isfile():
-                content = archive.extractfile(member)
-                if content is None or content.read() != original.read_bytes():
-                    odd.add(name)
+    odd = package_files.unexpected_in_sdist(sdist)
     return Figure(
         "B10",
         "the sdist holds the package alone, byte for byte",
-        f"{len(files)} files, {sdist.stat().st_size / 1e6:.2f} MB",
+        f"{len(package_files.sizes(sdist))} files, {sdist.stat().st_size / 1e6:.2f} MB",
         not odd,
         f"not as expected: {sorted(odd)[:5]}"
         if odd
@@ -98,14 +87,6 @@ def installed(wheel: Path, target: Path) -> Figure:
         if result.returncode:
             return Figure("B10", question, "no", False, result.stderr.strip()[-300:])
     return Figure("B10", question, "yes", float(result.stdout) == 1.0)
-
-
-def lower_bounds() -> dict[str, str]:
-    """Return the run-time dependencies and the lowest version allowed of each."""
-    text = (package_files.CHECKOUT / "pyproject.toml").read_text("utf-8")
-    dependencies = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
-    assert dependencies is not None
-    return dict(re.findall(r'"([\w-]+)>=([\d.]+)"', dependencies[1]))
 
 
 def _public(version: str) -> str:

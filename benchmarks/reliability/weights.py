@@ -1,6 +1,5 @@
 """Whether weight files and their downloads do harm: mutants, kills, full disks, no network."""
 
-import ast
 import concurrent.futures
 import faulthandler
 import multiprocessing
@@ -20,7 +19,7 @@ import mutants
 import offline
 import torch
 from download_server import BODY, NAME, SHA256, running_server, serve
-from test_layout import EVERY, calls, parse
+from test_layout import EVERY, parse
 from torch import Tensor
 
 from actionclip.download import Patience, fetch
@@ -48,30 +47,17 @@ def measure(folder: Path, small: bool) -> Iterator[Figure]:
 
 # --- B1: what the package calls, and mutants -----------------------------------------
 
-RUNNING = {"torch.jit.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "eval", "exec"}
-
 
 def source() -> Figure:
-    found = [f"{name} in {module}" for module in EVERY for name in calls(module) & RUNNING]
-    found += [
-        f"torch.load({options}) in {module}"
+    found = [
+        f"{danger} in {module}"
         for module in EVERY
-        for options in options_of(module, "torch.load")
-        if options.get("weights_only") != "True"
+        for danger in mutants.dangers(module, parse(module))
     ]
-    question = "calls of torch.jit.load, torch.load without weights_only, pickle.load, eval"
+    question = "uses of pickle, torch.jit, eval, ... and calls of torch.load but the safe one"
     return Figure(
         "B1", question, f"{len(found)} in {len(EVERY)} modules", not found, "; ".join(found)
     )
-
-
-def options_of(module: str, function: str) -> list[dict[str | None, str]]:
-    """Return what each call of a function in a module passes by name."""
-    return [
-        {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
-        for node in ast.walk(parse(module))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == function
-    ]
 
 
 def mutated(folder: Path, count: int) -> Iterator[Figure]:
