@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from actionclip.errors import InputError
@@ -147,17 +146,6 @@ class Isolated(Generic[Item, Result]):
                 raise error
             return result
         raise LostWorkError("crashed", f"the process that worked on it {end}, {_TRIES} times")
-
-    def __enter__(self) -> "Isolated[Item, Result]":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """End the children, also those in the middle of their work."""

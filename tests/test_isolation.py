@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import isolated_work
@@ -21,9 +22,8 @@ SECONDS = 30.0
 
 @pytest.fixture
 def isolated():
-    with Isolated(
-        isolated_work.work, SECONDS, isolated_work.set_up, ["actionclip.reading"]
-    ) as isolated:
+    work = Isolated(isolated_work.work, SECONDS, isolated_work.set_up, ["actionclip.reading"])
+    with closing(work) as isolated:
         yield isolated
 
 
@@ -80,7 +80,7 @@ def test_a_child_that_died_while_it_was_idle_is_replaced(isolated) -> None:
 def test_a_child_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "_GRACE_SECONDS", 1)
     work = Isolated(isolated_work.work, 2, isolated_work.set_up, ["actionclip.reading"])
-    with work as isolated:
+    with closing(work) as isolated:
         pid = isolated("pid")
         with pytest.raises(LostWorkError, match=r"took over 3 seconds") as caught:
             isolated("hang")
@@ -99,7 +99,7 @@ def test_threads_have_a_child_each(isolated, tmp_path: Path) -> None:
 def test_leaving_does_not_wait_for_the_work() -> None:
     work = Isolated(isolated_work.work, 600, isolated_work.set_up, ["actionclip.reading"])
     with ThreadPoolExecutor(1) as pool:
-        with work as isolated:
+        with closing(work) as isolated:
             pid = isolated("pid")
             hanging = pool.submit(isolated, "hang")
             time.sleep(0.2)
@@ -139,28 +139,27 @@ def test_children_that_died_while_they_were_idle(isolated, tmp_path: Path) -> No
 
 
 def test_children_that_end_at_their_start() -> None:
+    work = Isolated(isolated_work.work, SECONDS, isolated_work.leave, ["actionclip.reading"])
     with (
-        Isolated(
-            isolated_work.work, SECONDS, isolated_work.leave, ["actionclip.reading"]
-        ) as isolated,
+        closing(work) as isolated,
         pytest.raises(InputError, match=r"ended with code 7 at its start; a script that uses such"),
     ):
         isolated("here")
 
 
 def test_any_limit_of_time_can_be_asked_for() -> None:
-    with Isolated(isolated_work.work, float("inf"), isolated_work.set_up, []) as isolated:
+    with closing(Isolated(isolated_work.work, float("inf"), isolated_work.set_up, [])) as isolated:
         assert isolated("here") == "here"
 
 
 PARENT = """
-import sys, threading
+import contextlib, sys, threading
 sys.path.insert(0, {tests!r})
 import isolated_work
 from actionclip.isolation import Isolated
 if __name__ == "__main__":
     isolated = Isolated(isolated_work.work, 600, isolated_work.set_up, ["actionclip.reading"])
-    with isolated:
+    with contextlib.closing(isolated):
         print(isolated("pid"), flush=True)
         if {is_busy!r}:
             threading.Thread(target=isolated, args=["hang"]).start()
@@ -208,7 +207,9 @@ def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
-    with Isolated(isolated_work.work, 9, isolated_work.set_up, ["actionclip.reading"]) as isolated:
+    with closing(
+        Isolated(isolated_work.work, 9, isolated_work.set_up, ["actionclip.reading"])
+    ) as isolated:
         message = r"started for the work \(Resource temporarily unavailable\); check TMPDIR"
         with pytest.raises(InputError, match=message):
             isolated("here")
