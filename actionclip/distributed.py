@@ -6,6 +6,8 @@ Models and losses know nothing of processes; the loops around them call this.
 """
 
 import os
+import time
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from itertools import accumulate
@@ -20,6 +22,9 @@ from actionclip.errors import InputError
 
 Item = TypeVar("Item")
 
+# Seconds between two looks of the first process for the others.
+LOOK_SECONDS = 0.02
+
 
 def start(device_type: Literal["cpu", "cuda"], timeout_seconds: float = 600.0) -> None:
     """Join the other processes that torchrun started; alone, do nothing.
@@ -30,7 +35,7 @@ def start(device_type: Literal["cpu", "cuda"], timeout_seconds: float = 600.0) -
 
     Raises:
         InputError: if torchrun's environment is incomplete, or there are fewer GPUs than
-            processes on this machine.
+            processes on this machine, or some do not come in time.
     """
     if "WORLD_SIZE" not in os.environ:
         return
@@ -49,7 +54,42 @@ def start(device_type: Literal["cpu", "cuda"], timeout_seconds: float = 600.0) -
             )
         torch.cuda.set_device(local_rank())
     backend = "nccl" if device_type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    store = _fresh_part(store, rank, world_size, timeout_seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _fresh_part(
+    store: dist.Store, rank: int, world_size: int, timeout_seconds: float
+) -> dist.Store:
+    """Agree with the others on a part of the store that holds nothing yet.
+
+    torchrun keeps the store when it restarts the processes, with the addresses of those that
+    have ended. Whoever finds one tries for ever to reach it: so hung every second restart (torch
+    2.13). The number of the restart cannot tell them apart, as each machine counts its own.
+    """
+    own = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"asks/{rank}", own)
+        name = store.get(f"answer/{own}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    deadline = time.monotonic() + timeout_seconds
+    absent = list(range(1, world_size))
+    while absent := [i for i in absent if not store.check([f"heard/{own}/{i}"])]:
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"of {world_size} processes {', '.join(map(str, absent))} did not come within "
+                f"{timeout_seconds:g} s; start all of them"
+            )
+        for i in absent:
+            # It may be the question of a process that has ended; the next one asks anew.
+            if store.check([f"asks/{i}"]):
+                store.set(f"answer/{store.get(f'asks/{i}').decode()}", own)
+        time.sleep(LOOK_SECONDS)
+    return dist.PrefixStore(own, store)
 
 
 def lost_another(error: RuntimeError) -> bool:

@@ -7,6 +7,7 @@
     bad_samples.jsonl    a line for each video that could not be used as it should
     last.pt              all that the run needs to go on exactly
     previous.pt          likewise as it was saved before, should last.pt be damaged
+    last.damaged.pt      a last.pt that was damaged when the run went on from previous.pt
     best.safetensors     weights and configuration of the best epoch, for `load`
     average.safetensors  likewise of the mean over several epochs, if that is wanted
 
@@ -15,6 +16,7 @@ does not know are cut off, so that each stands once. One process of a run has th
 """
 
 import csv
+import errno
 import io
 import json
 import os
@@ -35,8 +37,9 @@ from actionclip.weights import save
 LOGS = ("metrics", "bad_samples")
 LABELS = ("labels.txt", "labels.csv")
 
-# What reading a zip archive with changed bytes ends in; found by changing each kind of them.
-_DAMAGES = (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile)
+# What reading a zip archive with changed bytes ends in, besides places before its start (EINVAL);
+# found by changing each kind of them.
+_DAMAGES = (EOFError, RuntimeError, ValueError, zipfile.BadZipFile)
 
 
 class RunFolder:
@@ -151,9 +154,8 @@ class RunFolder:
 
         Raises:
             WeightsError: if it is missing or damaged.
+            TrainingError: if it cannot be read now, which says nothing about the file.
         """
-        if not path.exists():
-            raise WeightsError(f"{path}: missing")
         try:
             with zipfile.ZipFile(path) as archive:
                 # No entry is compressed; to unpack one has more ways to fail.
@@ -161,6 +163,15 @@ class RunFolder:
                 damaged = next(packed, None) or archive.testzip()
         except _DAMAGES as error:
             raise WeightsError(f"{path}: damaged ({error})") from error
+        except FileNotFoundError as error:
+            raise WeightsError(f"{path}: missing") from error
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise WeightsError(f"{path}: damaged ({error})") from error
+            raise TrainingError(
+                f"{path}: cannot be read: {error.strerror or error}; once it can, go on with "
+                "--resume latest"
+            ) from error
         if damaged is not None:
             raise WeightsError(f"{path}: damaged (in {damaged})")
         return read_file(path).content
@@ -183,6 +194,8 @@ class RunFolder:
                 os.truncate(log, size)
         if path != self.last:
             with _as_output_error(self.last):
+                if self.last.exists():
+                    os.replace(self.last, self.path / "last.damaged.pt")
                 os.replace(path, self.last)
 
     def save_best(self, model: VideoTextModel) -> None:

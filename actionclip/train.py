@@ -300,8 +300,8 @@ class Trainer:
 
         Raises:
             InputError: if the run there has other settings; the message names them.
-            TrainingError: if the folder was changed.
-            WeightsError: if no state can be read.
+            TrainingError: if the folder was changed, or a state cannot be read now.
+            WeightsError: if all states are missing or damaged.
         """
         path, state, fault = self._load_state()
         if differences := _differences(json.loads(state["settings"]), self.settings):
@@ -323,16 +323,19 @@ class Trainer:
         faults: list[str] = []
         for path in self.folder.states:
             state: dict[str, Any] = {}
-            fault = ""
+            fault: WeightsError | TrainingError | None = None
             try:
                 state = self.folder.load_state(path)
-            except WeightsError as error:
-                fault = str(error)
+            except (WeightsError, TrainingError) as error:
+                fault = error
             # No process goes on before all have opened the file, which may be renamed then.
-            found = next(filter(None, gather_objects(fault)), "")
+            found = [each for each in gather_objects(fault) if each is not None]
             if not found:
                 return path, state, "; ".join(faults)
-            faults.append(found)
+            for each in found:
+                if isinstance(each, TrainingError):
+                    raise each
+            faults.append(str(found[0]))
         raise WeightsError(f"{'; '.join(faults)}; start again in another folder")
 
     def run(self) -> Iterator[Record]:

@@ -394,10 +394,12 @@ def in_threads(num_ranks: int, work: Callable[[], Any], monkeypatch) -> list[Any
     parts: dict[int, Any] = {}
     barrier = threading.Barrier(num_ranks, timeout=10)
 
-    def gather(part: object) -> list[object]:
+    def gather(part: Any) -> list[Any]:
         parts[own.rank] = part
         barrier.wait()
-        return [parts[i] for i in range(num_ranks)]
+        found = [parts[i] for i in range(num_ranks)]
+        barrier.wait()  # before one puts the next part there
+        return found
 
     def as_rank(i: int) -> Any:
         own.rank = i
@@ -406,6 +408,7 @@ def in_threads(num_ranks: int, work: Callable[[], Any], monkeypatch) -> list[Any
     monkeypatch.setattr(module, "rank", lambda: own.rank)
     monkeypatch.setattr(module, "world_size", lambda: num_ranks)
     monkeypatch.setattr(module, "gather_objects", gather)
+    monkeypatch.setattr(module, "reduce_max", lambda values: [max(*gather(values[0]), 0)])
     with ThreadPoolExecutor(num_ranks) as executor:
         return list(executor.map(as_rank, range(num_ranks)))
 
@@ -429,6 +432,40 @@ def test_one_rank_that_stops_stops_all(monkeypatch) -> None:
         return "went on"
 
     assert in_threads(2, work, monkeypatch) == ["stopped", "stopped"]
+
+
+def test_a_stop_reaches_all_ranks_soon(monkeypatch) -> None:
+    """Also if one rank has a video more, and each could go on for long."""
+    paths = [str(i) for i in range(20 * module.EXCHANGE_VIDEOS + 1)]
+    oracle = Oracle({path: one_hot(0) for path in paths})
+    samples = [Sample(path, (0,)) for path in paths]
+
+    def work() -> int:
+        seen: list[VideoResult] = []
+        is_second = module.rank() == 1
+        with pytest.raises(StoppedError):
+            evaluate(
+                oracle,
+                samples,
+                multi_label=False,
+                on_result=seen.append,
+                should_stop=lambda: is_second and len(seen) > module.EXCHANGE_VIDEOS,
+            )
+        return len(seen)
+
+    assert in_threads(2, work, monkeypatch) == [2 * module.EXCHANGE_VIDEOS] * 2
+
+
+@pytest.mark.parametrize("num_videos", [1, 2, 31, 32, 33, 48, 49])
+def test_ranks_exchange_equally_often(num_videos: int, monkeypatch) -> None:
+    oracle = Oracle({str(i): one_hot(0) for i in range(num_videos)})
+    samples = [Sample(str(i), (0,)) for i in range(num_videos)]
+
+    def work() -> int:
+        return evaluate(oracle, samples, multi_label=False).num_scored
+
+    # The stand-ins for collectives would mix an exchange with the end of another rank.
+    assert in_threads(2, work, monkeypatch) == [num_videos] * 2
 
 
 RANK = """

@@ -4,14 +4,21 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import training_runs
 from training_files import write_all
 from training_runs import CASES, Orders, Training, result
+
+from actionclip import distributed
+from actionclip.errors import InputError
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="for POSIX systems")
 
@@ -73,7 +80,7 @@ def test_what_ends_a_run_at_once(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "workers", "kills"),
     [
-        (1, 0, 2),
+        (1, 0, 1),
         *(
             pytest.param(ranks, workers, 6, marks=pytest.mark.slow)
             for ranks, workers in ((1, 2), (2, 0), (2, 2))
@@ -88,6 +95,53 @@ def test_killed_at_random_moments(
     )
     assert (tally.same, tally.no_state, tally.notes) == (kills, 0, [])
     assert tally.seconds < 60
+
+
+def test_while_processes_join_signals_end_them(data: Path, tmp_path: Path) -> None:
+    training = Training(data, tmp_path / "run", "--workers", "0", ranks=2)
+    training.signal(signal.SIGKILL, 1)  # long before it could join
+    time.sleep(2)
+    training.signal(signal.SIGTERM)
+    try:
+        assert training.wait(20)
+        assert training.codes[0] in (-signal.SIGTERM, 143)
+    finally:
+        training.clear()
+
+
+def test_restarted_processes_find_nothing_of_former_ones() -> None:
+    """What torchrun keeps when it restarts all is one store."""
+    store = dist.HashStore()
+    store.set("asks/1", "a process that was killed before it was answered")
+    for seconds in (0.0, 0.5):  # which the second process takes longer to come
+        with ThreadPoolExecutor(2) as executor:
+            first = executor.submit(distributed._fresh_part, store, 0, 2, 20.0)
+            time.sleep(seconds)
+            second = executor.submit(distributed._fresh_part, store, 1, 2, 20.0)
+        assert not second.result().check(["address"])
+        first.result().set("address", str(seconds))
+        assert second.result().get("address") == str(seconds).encode()
+    with ThreadPoolExecutor(2) as executor:
+        first = executor.submit(distributed._fresh_part, store, 0, 3, 0.5)
+        executor.submit(distributed._fresh_part, store, 1, 3, 0.5)
+    with pytest.raises(InputError, match=r"of 3 processes 2 did not come within 0.5 s; start all"):
+        first.result()
+
+
+def test_last_words_that_nobody_reads_hold_nothing_up(tmp_path: Path) -> None:
+    code = (
+        "import os, time\n"
+        "from actionclip.cli.watchdog import Watchdog\n"
+        "reader, writer = os.pipe()\n"
+        "os.set_blocking(writer, False)\n"
+        "try:\n"
+        "    while True: os.write(writer, b'x' * 4096)\n"
+        "except BlockingIOError: pass\n"
+        "os.set_blocking(writer, True)\n"
+        "os.dup2(writer, 2)\n"
+        "with Watchdog('train', 0.2): time.sleep(100)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 1
 
 
 def test_a_rank_that_stands_still(data: Path, tmp_path: Path) -> None:
@@ -164,7 +218,7 @@ def test_a_damaged_state_is_not_used(data: Path, tmp_path: Path, whole: dict[str
     first = Training(data, output, *arguments, orders=Orders((signal.SIGTERM,), "middle"))
     assert first.wait()
     last, previous = output / "last.pt", output / "previous.pt"
-    flip_a_bit(last)
+    training_runs.flip_a_bit(last)
     again = Training(data, output, *arguments)
     assert again.wait()
     assert again.codes == [0]
@@ -174,7 +228,7 @@ def test_a_damaged_state_is_not_used(data: Path, tmp_path: Path, whole: dict[str
     assert "going on at step 2 of 6" in again.lines
     assert result(output) == whole
 
-    flip_a_bit(last)
+    training_runs.flip_a_bit(last)
     os.truncate(previous, 1000)
     none = Training(data, output, *arguments)
     assert none.wait()
@@ -183,13 +237,6 @@ def test_a_damaged_state_is_not_used(data: Path, tmp_path: Path, whole: dict[str
         rf"{last}: damaged .*; {previous}: damaged .*; start again in another folder",
         none.lines[-1],
     )
-
-
-def flip_a_bit(path: Path) -> None:
-    """Change a bit in the middle of a file, in weights."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
 
 
 # Losses that are no number, and broken videos.
@@ -230,10 +277,15 @@ def test_few_broken_videos_are_counted(many: Path, tmp_path: Path) -> None:
     assert len(faults_of(training.output)) == 2
     (end,) = [r for r in found["metrics"] if r["kind"] == "train" and r["step"] == 8]
     assert end["replaced"] == 2
+
+
+@pytest.mark.slow
+def test_broken_videos_are_counted_once_when_resumed(many: Path, tmp_path: Path) -> None:
+    training = training_runs.train_on_many(many, tmp_path / "whole", "many2")
     cut = training_runs.train_on_many(many, tmp_path / "cut", "many2", stop=True)
     assert cut.codes == [0]
     assert any(line.startswith("going on at step 3 of ") for line in cut.lines)
-    assert result(cut.output) == found
+    assert result(cut.output) == result(training.output)
 
 
 def test_many_broken_videos_stop_the_run(many: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -123,6 +124,27 @@ def test_a_state_that_cannot_be_read(folder: RunFolder) -> None:
         folder.load_state(folder.last)
     with pytest.raises(WeightsError, match=r"previous.pt: missing$"):
         folder.load_state(folder.previous)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+def test_a_disk_that_cannot_read_says_nothing_of_the_state(
+    number: int, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(zipfile, "ZipFile", fail)
+    message = f"last.pt: cannot be read: {os.strerror(number)}; once it can, go on with --resume"
+    with pytest.raises(TrainingError, match=message):
+        folder.load_state(folder.last)
+
+
+def test_a_damaged_state_is_put_aside(folder: RunFolder) -> None:
+    folder.save_state({**STATE, "step": 8})
+    os.truncate(folder.last, 1000)
+    folder.go_on_from(folder.previous, folder.load_state(folder.previous))
+    assert folder.load_state(folder.last)["step"] == 7
+    assert (folder.path / "last.damaged.pt").stat().st_size == 1000
 
 
 def test_a_changed_bit_is_noticed_or_changes_nothing(tmp_path: Path) -> None:

@@ -273,6 +273,13 @@ def unreadable(output: Path) -> list[str]:
     return found
 
 
+def flip_a_bit(path: Path) -> None:
+    """Change a bit in the middle of a file, in weights."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
 @dataclass
 class Tally:
     """What became of trainings that were killed.

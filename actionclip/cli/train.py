@@ -387,7 +387,9 @@ def train(args: argparse.Namespace) -> ExitCode:
         )
     patience = (args.stall_timeout or NO_LIMIT_SECONDS) + GRACE_SECONDS
     watchdog = Watchdog(PROG, args.stall_timeout)
-    with watchdog:  # gloo waits far longer than it is told, and sometimes for nothing
+    # Nothing is to be saved yet, and PyTorch waits for the others without hearing of a signal. The
+    # watchdog is for gloo, which waits far longer than it is told.
+    with watchdog, handled_by(signal.SIG_DFL):
         device = building.join_processes(args.device, patience)
     try:
         with stop_signals() as stopped_by:
@@ -841,6 +843,23 @@ def write_tensorboard(board: Any, record: Record) -> None:
 
 
 @contextmanager
+def handled_by(handler: Any) -> Iterator[None]:
+    """Let SIGINT, SIGTERM and SIGUSR1 be handled in another way than so far."""
+    names = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has not all of them
+    before = {}
+    try:
+        for each in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            before[each] = signal.signal(each, handler)
+    except ValueError:  # not the main thread: the caller's handlers stay
+        pass
+    try:
+        yield
+    finally:
+        for each, former in before.items():
+            signal.signal(each, former)
+
+
+@contextmanager
 def stop_signals() -> "Iterator[list[signal.Signals]]":
     """Collect SIGINT, SIGTERM and SIGUSR1 instead of acting on them; a second one acts as usual.
 
@@ -848,6 +867,7 @@ def stop_signals() -> "Iterator[list[signal.Signals]]":
     which hear of it from both, and never is the wish to end without saving.
     """
     caught: list[signal.Signals] = []
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
         caught.append(signal.Signals(number))
@@ -856,19 +876,8 @@ def stop_signals() -> "Iterator[list[signal.Signals]]":
             # Not print, which this may have interrupted in the middle of a line.
             with suppress(OSError):
                 os.write(2, f"\n{PROG}: {text}\n".encode())
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, before[each])
-
-    before = {}
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if not hasattr(signal, name):  # Windows has not all of them
-            continue
-        try:
-            before[getattr(signal, name)] = signal.signal(getattr(signal, name), note)
-        except ValueError:  # not the main thread: the caller's handlers stay
-            break
-    try:
-        yield caught
-    finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+    with handled_by(note):
+        yield caught

@@ -16,6 +16,8 @@ from actionclip.errors import one_line
 # Looks taken in the time that is allowed. Time in which this process was stopped as a whole, such
 # as by a scheduler, is one look, and does not count.
 LOOKS = 50
+# What the process may take to say where it hangs; a pipe that nobody reads takes nothing more.
+LAST_WORDS_SECONDS = 5.0
 
 
 class Watchdog:
@@ -30,8 +32,6 @@ class Watchdog:
         self.prog = prog
         self.seconds = seconds
         self.done = "the start"
-        self.looks = 0
-        self._over = threading.Event()
 
     def note(self, done: str) -> None:
         """Take down what the process has just done."""
@@ -61,6 +61,10 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
+        # The only clock that Python's lock does not stop, which the stacks are written under; it
+        # ends with exit code 1, and what it says itself goes nowhere.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        faulthandler.dump_traceback_later(LAST_WORDS_SECONDS, exit=True, file=nowhere)
         # By file number: the main thread may hold the locks of the streams.
         faulthandler.dump_traceback(2)
         text = one_line(
