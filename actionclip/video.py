@@ -457,7 +457,10 @@ def _check_file(path: str) -> None:
 
 
 def _os_error(path: str, error: OSError | ValueError) -> VideoError:
-    if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError):
+    if isinstance(error, ValueError):  # a null character, or half of one
+        message = "no file can have this name; a list has a path on each line"
+        return VideoError(path, "missing", message)
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
         return VideoError(path, "missing", "no such file or folder; check the path")
     if isinstance(error, PermissionError):
         return VideoError(path, "permission", "no permission to read it; change its mode or owner")

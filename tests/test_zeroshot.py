@@ -229,6 +229,35 @@ def test_a_link_to_an_output_stays_one(run, folder: Path, format: str) -> None:
     assert "clips" in (folder / f"real.{format}").read_text()
 
 
+def test_what_a_folder_leaves_out_is_counted(run, folder: Path) -> None:
+    (folder / "mixed" / "below").mkdir(parents=True)
+    (folder / "mixed" / "below" / "a.mp4").write_bytes((folder / "a.mp4").read_bytes())
+    for name in ("upload", "notes.txt"):
+        (folder / "mixed" / name).write_text("?")
+    code, out, err = run("mixed", "--format", "jsonl")
+    assert (code, len(rows(out))) == (0, 1)
+    assert err == (
+        "actionclip-zeroshot: mixed: 2 other files in it are left out, as they are not called "
+        "like videos\n"
+    )
+
+
+def test_rows_that_go_are_counted(run) -> None:
+    options = ("--format", "jsonl", "--output", "going.jsonl")
+    assert run("clips", "a.mp4", *options)[0] == 0
+    err = run("a.mp4", *options)[2]
+    assert err == (
+        "actionclip-zeroshot: going.jsonl: 2 rows of other videos, settings or earlier tries "
+        "were there, and are not\n"
+    )
+
+
+def test_an_output_that_is_a_folder(run) -> None:
+    code, _, err = run("a.mp4", "--output", "clips")
+    assert (code, err.count("\n")) == (5, 1)
+    assert "to clips: it is a folder; name a file" in err
+
+
 def test_devices_take_rows_and_keep_none(folder: Path) -> None:
     assert zeroshot.is_stream("/dev/stdout")
     assert zeroshot.is_stream("/dev/null")

@@ -167,14 +167,15 @@ class Journal:
         """Yield the rows of this run, in the order of its videos."""
         return map(self._row_at, self._places)
 
-    def finish(self) -> None:
-        """Leave the rows of this run in the order of its videos, and no others."""
+    def finish(self) -> int:
+        """Leave the rows of this run in the order of its videos; returns how many others go."""
         if self._is_in_order() and self._is_there():
             with as_output_error(self.path):
                 os.fsync(self._file.fileno())
-            return
+            return 0
         lines = map(self._line_at, self._places)
         write_atomically(self.path, lambda file: file.writelines(lines))
+        return self._num_rows - len(self._places)
 
     def _is_in_order(self) -> bool:
         return len(self._places) == self._num_rows and all(a < b for a, b in pairwise(self._places))

@@ -163,7 +163,9 @@ def write_rows(
         with closing(journal.complete(paths, classify)) as completed:
             yield from completed
         if args.format == "jsonl":
-            journal.finish()
+            if dropped := journal.finish():
+                what = "rows of other videos, settings or earlier tries were there, and are not"
+                command.say(PROG, f"{args.output}: {dropped} {what}")
         else:
             replace_output(output, args.format, journal.rows())
     if kept != output:
@@ -183,6 +185,8 @@ def refuse_mixed_up_files(args: argparse.Namespace) -> None:
     refuse_to_overwrite(args.output, (*args.videos, *args.labels, args.model))
     if args.output and not os.path.isdir(os.path.dirname(args.output) or "."):
         raise OutputError(f"cannot write the results to {args.output}: there is no such folder")
+    if args.output and os.path.isdir(args.output):
+        raise OutputError(f"cannot write the results to {args.output}: it is a folder; name a file")
     for label in args.labels:
         suffix = os.path.splitext(label)[1].lower()
         if suffix not in ("", ".txt", ".csv") and os.path.isfile(label):
@@ -203,7 +207,12 @@ def expand(names: Sequence[str]) -> Iterator[str]:
     for name in names:
         for path in listed_on_stdin() if name == "-" else [name]:
             if os.path.isdir(path):
-                yield from find_videos(path) or [path]
+                videos = find_videos(path)
+                num_files = sum(len(files) for _, _, files in os.walk(path))
+                if videos and num_files > len(videos):
+                    others = "other files in it are left out, as they are not called like videos"
+                    command.say(PROG, f"{path}: {num_files - len(videos)} {others}")
+                yield from videos or [path]
             else:
                 yield path
 
