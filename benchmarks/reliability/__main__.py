@@ -1,6 +1,6 @@
 """Put the package under fire and write what was measured: benchmarks/results/reliability.md.
 
-    python -m benchmarks.reliability             all of it, in about an hour and a half on 2 cores
+    python -m benchmarks.reliability             all of it, in about an hour on 2 cores
     python -m benchmarks.reliability NAME...     some of it
     python -m benchmarks.reliability --page      only write the page again
 
