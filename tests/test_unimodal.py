@@ -165,14 +165,16 @@ def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
 
     again = ("--model", str(tmp_path / "run" / "best.safetensors"))
-    (tmp_path / "run" / "last.pt").unlink()
+    for state in ("last.pt", "previous.pt"):
+        (tmp_path / "run" / state).unlink()
     few = tmp_path / "few.txt"
     few.write_text("\n".join(CLASSES[1:]))
     assert run(*common, *again, "--unimodal", "--classes", str(few), "--seed", "4") == 0
     assert "a new one is started" in capsys.readouterr().err
     retrained = load(tmp_path / "run" / "best.safetensors", device="cpu")
     assert retrained.config.class_names == CLASSES[1:]
-    (tmp_path / "run" / "last.pt").unlink()
+    for state in ("last.pt", "previous.pt"):
+        (tmp_path / "run" / state).unlink()
     assert run(*common, *again) == 2
     assert "train it on with --unimodal" in capsys.readouterr().err
     useless = (
