@@ -179,14 +179,25 @@ def find_videos(folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         VideoError: if the folder, or one below it, cannot be listed.
     """
+    return find_files(folder)[0]
+
+
+def find_files(folder: str | os.PathLike[str]) -> tuple[list[str], int]:
+    """Return what `find_videos` does, and the number of other files.
+
+    Raises:
+        VideoError: if the folder, or one below it, cannot be listed.
+    """
 
     def refuse(error: OSError) -> None:
         raise _os_error(str(error.filename), error)
 
-    found = []
+    videos, num_others = [], 0
     for root, _, names in os.walk(folder, onerror=refuse):
-        found += [os.path.join(root, name) for name in names if _is_a(name, VIDEO_EXTENSIONS)]
-    return sorted(found)
+        own = [os.path.join(root, name) for name in names if _is_a(name, VIDEO_EXTENSIONS)]
+        videos += own
+        num_others += len(names) - len(own)
+    return sorted(videos), num_others
 
 
 def read_frames(

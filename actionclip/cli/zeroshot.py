@@ -202,16 +202,15 @@ def expand(names: Sequence[str]) -> Iterator[str]:
     A folder stands for the videos in it. One without videos is passed on, so that it
     is read as a folder of frames or gets a row that says why it cannot be.
     """
-    from actionclip.video import find_videos
+    from actionclip.video import find_files
 
     for name in names:
         for path in listed_on_stdin() if name == "-" else [name]:
             if os.path.isdir(path):
-                videos = find_videos(path)
-                num_files = sum(len(files) for _, _, files in os.walk(path))
-                if videos and num_files > len(videos):
+                videos, num_others = find_files(path)
+                if videos and num_others:
                     others = "other files in it are left out, as they are not called like videos"
-                    command.say(PROG, f"{path}: {num_files - len(videos)} {others}")
+                    command.say(PROG, f"{path}: {num_others} {others}")
                 yield from videos or [path]
             else:
                 yield path
