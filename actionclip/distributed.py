@@ -67,7 +67,7 @@ def _fresh_part(
     """Agree with the others on a part of the store that holds nothing yet.
 
     torchrun keeps the store when it restarts the processes, with the addresses of those that
-    have ended. Whoever finds one tries for ever to reach it: so hung every second restart (torch
+    have ended. Whoever finds one tries for ever to reach it: so hung some restarts (torch
     2.13). The number of the restart cannot tell them apart, as each machine counts its own.
     """
     own = uuid.uuid4().hex
